@@ -1,0 +1,55 @@
+"""Evaluation at a site: group counts leave it, rows and scores do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedaccord.fairness import counts
+from fedaccord.tasks import Records, TaskSpec
+
+BATCH = 1024
+
+
+def predict(
+    model: nn.Module, inputs: np.ndarray[tuple[int, int], np.dtype[np.float32]]
+) -> counts.Counts:
+    """Predict the class of each row: float32 (n, features) to int64 (n,)."""
+    model.eval()
+    parts = [np.zeros(0, np.int64)]
+    with torch.no_grad():
+        for start in range(0, len(inputs), BATCH):
+            logits = model(torch.from_numpy(inputs[start : start + BATCH]))
+            parts.append(logits.argmax(dim=1).numpy())
+    return np.concatenate(parts)
+
+
+def group_counts(
+    model: nn.Module, records: Records, spec: TaskSpec, attributes: list[str]
+) -> Mapping[str, counts.Counts]:
+    """Count evaluation subjects by group, label and prediction, one record of each subject.
+
+    Args:
+        model: float32 (n, features) to logits (n, classes).
+        records: the site's evaluation records; of a subject with several the first one counts.
+        spec: the task, for the groups of each attribute.
+        attributes: the sensitive attributes that the accord audits.
+
+    Returns:
+        For each attribute int64 (groups, labels, predictions).
+    """
+    _, first = np.unique(records.subjects, return_index=True)
+    predictions = predict(model, records.inputs[first])
+    return {
+        name: counts.count(
+            records.groups[name][first],
+            records.labels[first],
+            predictions,
+            n_groups=len(spec.attributes[name]),
+            n_classes=len(spec.classes),
+        )
+        for name in attributes
+    }

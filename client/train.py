@@ -1,0 +1,155 @@
+"""A round of training at a site: under its privacy plan, or plainly where privacy is off."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from opacus import GradSampleModule
+from opacus.validators import ModuleValidator
+from torch import nn
+from torch.nn import functional
+
+from fedaccord.accord import TrainingSection
+from fedaccord.errors import AccordError
+from fedaccord.privacy.clipping import SubjectOptimizer
+from fedaccord.privacy.noise import OsSource, Source
+from fedaccord.privacy.plan import PrivacyPlan
+from fedaccord.privacy.sampling import SubjectSampler
+from fedaccord.tasks import Records
+
+MICRO_BATCH = 256  # records per forward pass; bounds memory, changes no result
+log = logging.getLogger("fedaccord.site")
+
+# Inputs need no gradient, which Opacus' hooks are told by torch at every step; they are right.
+warnings.filterwarnings("ignore", message="Full backward hook is firing")
+
+
+def refuse_unsafe(model: nn.Module) -> None:
+    """Refuse layers whose gradients mix subjects or that Opacus cannot take apart.
+
+    Raises:
+        AccordError: the first such layer, by Opacus' own validator.
+    """
+    faults = ModuleValidator.validate(model, strict=False)
+    if faults:
+        first = str(faults[0]).split("\n")[0]
+        raise AccordError(f"model: {first} Choose a model without it (GroupNorm, LayerNorm).")
+
+
+def train_private(
+    model: nn.Module,
+    records: Records | None,
+    plan: PrivacyPlan,
+    training: TrainingSection,
+    entropy: Callable[[], Source] = OsSource,
+) -> None:
+    """Train a model in place for one round under a plan (DP-SGD, Abadi et al. 2016).
+
+    The weights that result are (epsilon, delta)-DP per subject, at the cost of one round of the
+    plan's event. Number of steps, message size and shape do not depend on the records; timing does.
+
+    | data | a step |
+    |---|---|
+    | nobody drawn | noise alone |
+    | a record that makes the model raise | that record contributes zero, the others as ever |
+    | no records at all, or unreadable (None) | noise alone |
+
+    Args:
+        model: float32 model on any device; changed in place.
+        records: the site's training records, or None.
+        plan: the site's reserved plan.
+        training: steps, learning rate, momentum.
+        entropy: makes a fresh source of randomness for every step.
+    """
+    device = next(model.parameters()).device
+    wrapped = GradSampleModule(model, loss_reduction="sum")
+    sgd = torch.optim.SGD(model.parameters(), training.learning_rate, training.momentum)
+    optimizer = SubjectOptimizer(sgd, plan)
+    none = np.zeros(0, np.int64)
+    sampler = plan.sampler(none if records is None else records.subjects)
+    for _ in range(plan.steps):
+        source = entropy()
+        rows = sampler.draw(source)
+        for start in range(0, len(rows), MICRO_BATCH):
+            assert records is not None
+            _accumulate(wrapped, optimizer, records, rows[start : start + MICRO_BATCH], device)
+        optimizer.noisy_step(source)
+    wrapped.remove_hooks()
+    wrapped.del_grad_sample()
+
+
+def _accumulate(
+    model: nn.Module,
+    optimizer: SubjectOptimizer,
+    records: Records,
+    rows: np.ndarray[tuple[int], np.dtype[np.int64]],
+    device: torch.device,
+) -> None:
+    """Add the clipped gradients of some records; a record that raises contributes zero.
+
+    A batch that raises is taken apart, so that one subject's record never removes the others.
+    """
+    try:
+        inputs = torch.from_numpy(records.inputs[rows]).to(device)
+        labels = torch.from_numpy(records.labels[rows]).to(device)
+        functional.cross_entropy(model(inputs), labels, reduction="sum").backward()
+        optimizer.accumulate()
+    except Exception as fault:  # any fault of the data; the site's own log has it
+        optimizer.forget()
+        log.warning("a micro-batch of %d records raised %s", len(rows), type(fault).__name__)
+        for row in rows if len(rows) > 1 else ():
+            _accumulate(model, optimizer, records, np.array([row]), device)
+
+
+def train_plain(
+    model: nn.Module,
+    records: Records,
+    sampling_prob: float,
+    normaliser: float,
+    training: TrainingSection,
+    source: Source,
+) -> None:
+    """Train a model in place for one round without any protection, for comparison.
+
+    Sampling and normaliser are those of private training; there is no clip and no noise.
+
+    Args:
+        model: changed in place.
+        records: the site's training records.
+        sampling_prob: Poisson inclusion of a subject per step.
+        normaliser: what the summed gradient is divided by.
+        training: steps, learning rate, momentum.
+        source: seeded, so that equal runs give equal models.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.SGD(model.parameters(), training.learning_rate, training.momentum)
+    sampler = SubjectSampler(records.subjects, sampling_prob)
+    for _ in range(training.steps):
+        rows = sampler.draw(source)
+        if len(rows) == 0:
+            continue
+        inputs = torch.from_numpy(records.inputs[rows]).to(device)
+        labels = torch.from_numpy(records.labels[rows]).to(device)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(inputs), labels, reduction="sum")
+        (loss / normaliser).backward()
+        optimizer.step()
+
+
+class SeededSource:
+    """A reproducible source of draws, for training without privacy only."""
+
+    def __init__(self, *seed: int) -> None:
+        self._rng = np.random.default_rng(list(seed))
+
+    def uniform(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """Draw uniform numbers in [0, 1)."""
+        return self._rng.random(count)
+
+    def normal(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """Draw standard normal numbers."""
+        return self._rng.standard_normal(count)

@@ -1,0 +1,295 @@
+"""The accord: what all sites agreed on, loaded from TOML, validated, and named by its digest."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from fedaccord import evidence, registry
+from fedaccord.errors import AccordError
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+TaskName = Annotated[str, AfterValidator(lambda name: registry.check("task", name))]
+ModelName = Annotated[str, AfterValidator(lambda name: registry.check("model", name))]
+StrategyName = Annotated[str, AfterValidator(lambda name: registry.check("strategy", name))]
+Options = dict[str, int | float | bool | str]
+
+
+class Section(BaseModel):
+    """A table of the accord: no unknown key, no silent conversion, no infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TaskSection(Section):
+    """[task]: the records, by name in the registry."""
+
+    name: TaskName
+    options: Options = {}
+
+
+class SiteSection(Section):
+    """[[sites]]: a hospital or branch, with the size that it declares once and does not update."""
+
+    name: Name
+    subjects: int = Field(ge=1, le=10**9)
+
+
+class ModelSection(Section):
+    """[model]: the global model, by name in the registry."""
+
+    name: ModelName
+    options: Options = {}
+
+
+class RoundsSection(Section):
+    """[rounds]: how many, and with whom."""
+
+    rounds: int = Field(ge=1, le=100_000)
+    spare_rounds: int = Field(default=0, ge=0, le=1_000)
+    sites_per_round: int | None = Field(default=None, ge=1)
+    min_sites: int = Field(default=1, ge=1)
+    timeout: float = Field(default=600.0, gt=0)
+
+
+class TrainingSection(Section):
+    """[training]: what a site does in a round."""
+
+    steps: int = Field(ge=1, le=100_000)
+    learning_rate: float = Field(gt=0, le=1_000)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+
+
+class StrategySection(Section):
+    """[strategy]: how updates become a model, by name in the registry."""
+
+    name: StrategyName = "fedavg"
+    max_update_norm: float = Field(default=100.0, gt=0)
+
+
+class PrivacySection(Section):
+    """[privacy]: the protection of each training subject at its site."""
+
+    enabled: bool = True
+    target_epsilon: float | None = Field(default=None, gt=0, le=100)
+    noise_multiplier: float | None = Field(default=None, gt=0, le=10_000)
+    delta: float = Field(default=1e-5, gt=0, lt=0.1)
+    max_epsilon: float = Field(default=10.0, gt=0, le=100)
+    sampling_prob: float = Field(gt=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6)
+    neighboring_relation: Literal["add-or-remove-one"] = "add-or-remove-one"
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> PrivacySection:
+        if self.enabled and (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise AccordError(
+                "privacy: exactly one of target_epsilon and noise_multiplier says how much noise "
+                "there is. Keep one, remove the other."
+            )
+        if self.target_epsilon is not None and self.target_epsilon > self.max_epsilon:
+            raise AccordError(
+                f"privacy.target_epsilon = {self.target_epsilon} is above privacy.max_epsilon = "
+                f"{self.max_epsilon}, the cap of every site. Lower the one or raise the other."
+            )
+        return self
+
+
+class FairnessSection(Section):
+    """[fairness]: what is audited after every round, and the rule that the sites agreed on."""
+
+    attributes: list[str] = Field(min_length=1)
+    min_group: int = Field(default=10, ge=1)
+    confidence: float = Field(default=0.95, ge=0.5, le=0.999)
+    max_parity_difference: float | None = Field(default=None, ge=0, le=1)
+    stop_on_breach: bool = False
+
+    @field_validator("attributes")
+    @classmethod
+    def _once_each(cls, names: list[str]) -> list[str]:
+        if len(set(names)) != len(names):
+            raise AccordError(f"fairness.attributes = {names} names one twice. Name each once.")
+        return names
+
+
+class DistillationSection(Section):
+    """[distillation]: the compact student that is deployed."""
+
+    enabled: bool = True
+    model: ModelName = "mlp"
+    options: Options = {}
+    every: int = Field(default=1, ge=1)
+    steps: int = Field(default=50, ge=1, le=100_000)
+    batch_size: int = Field(default=128, ge=1)
+    learning_rate: float = Field(default=0.01, gt=0, le=10)
+    proxy_rows: int = Field(default=1024, ge=1, le=10**7)
+
+
+class Accord(Section):
+    """What all sites agreed on; equal accords have equal digests."""
+
+    name: Name
+    purpose: str = Field(min_length=1, max_length=500)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    tuning: str = Field(default="not covered", min_length=1, max_length=500)
+    task: TaskSection
+    sites: list[SiteSection] = Field(min_length=1)
+    model: ModelSection
+    rounds: RoundsSection
+    training: TrainingSection
+    strategy: StrategySection = StrategySection()
+    privacy: PrivacySection
+    fairness: FairnessSection
+    distillation: DistillationSection = DistillationSection()
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Accord:
+        names = [site.name for site in self.sites]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise AccordError(f'sites: "{twice}" is listed twice. List each site once.')
+        for key in ("min_sites", "sites_per_round"):
+            value = getattr(self.rounds, key)
+            if value is not None and value > len(names):
+                raise AccordError(
+                    f"rounds.{key} = {value} is above {len(names)}, the number of [[sites]]. "
+                    "Lower it or list more sites."
+                )
+        drawn = self.rounds.sites_per_round
+        if drawn is not None and drawn < self.rounds.min_sites:
+            raise AccordError(
+                f"rounds.sites_per_round = {drawn} is below rounds.min_sites = "
+                f"{self.rounds.min_sites}, so no round could count. Raise it."
+            )
+        return self
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, every default written out; it names the accord."""
+        return evidence.digest(self.model_dump(mode="json"))
+
+    @property
+    def roster(self) -> dict[str, int]:
+        """Declared training subjects of each site, in order of name."""
+        return {site.name: site.subjects for site in sorted(self.sites, key=lambda s: s.name)}
+
+    @property
+    def reserved_rounds(self) -> int:
+        """Rounds that a site reserves in its ledger: the planned and the spare ones."""
+        return self.rounds.rounds + self.rounds.spare_rounds
+
+
+def bundled() -> dict[str, Path]:
+    """Return the accords that come with FedAccord, by name."""
+    here = Path(__file__).resolve().parent
+    root = here if (here / "simulations").is_dir() else here.parent
+    return {path.stem: path for path in (root / "simulations" / "accords").glob("*.toml")}
+
+
+def load(where: str | Path) -> Accord:
+    """Load and validate an accord: a path to a TOML file, or the name of a bundled one.
+
+    Raises:
+        AccordError: a missing file, TOML that does not parse, an unknown key or a wrong value;
+            one line a fault, each naming parameter, value, bound and remedy.
+    """
+    path = Path(where)
+    if not path.is_file():
+        if str(where) not in bundled():
+            raise AccordError(
+                f'accord "{where}": no such file. Give a TOML file or the name of a bundled '
+                f"accord ({', '.join(sorted(bundled()))})."
+            )
+        path = bundled()[str(where)]
+    try:
+        text = path.read_text(encoding="utf-8")
+        return parse(tomllib.loads(text), str(where))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise AccordError(f'accord "{where}" is not TOML: {fault}. Mend that line.') from None
+
+
+def parse(data: dict[str, Any], where: str = "accord") -> Accord:
+    """Validate an accord that was already read into a dict.
+
+    Raises:
+        AccordError: as `load`.
+    """
+    try:
+        return Accord.model_validate(data)
+    except ValidationError as faults:
+        found = faults.errors()
+        meant = {_meant(fault) for fault in found}  # a misspelt key is not missing as well
+        lines = [_sentence(fault) for fault in found if tuple(fault["loc"]) not in meant]
+        raise AccordError("\n".join(f"{where}: {line}" for line in lines)) from None
+    except AccordError as fault:
+        raise AccordError(f"{where}: {fault}") from None
+
+
+_BOUNDS = {
+    "greater_than": ("must be greater than", "gt"),
+    "greater_than_equal": ("must be at least", "ge"),
+    "less_than": ("must be less than", "lt"),
+    "less_than_equal": ("must be at most", "le"),
+}
+
+
+def _fields(path: list[str]) -> list[str]:
+    """Names that stand in the table at a path, for the hint on a misspelt key."""
+    model: Any = Accord
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        for inner in (annotation, *getattr(annotation, "__args__", ())):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                model = inner
+    return list(model.model_fields)
+
+
+def _meant(fault: Any) -> tuple[str | int, ...]:
+    """Where a misspelt key probably belongs; () for any other fault."""
+    if fault["type"] != "extra_forbidden":
+        return ()
+    *table, key = fault["loc"]
+    known = _fields([part for part in table if isinstance(part, str)])
+    return (*table, *difflib.get_close_matches(str(key), known, n=1, cutoff=0.5))
+
+
+def _sentence(fault: Any) -> str:
+    """Say one fault of pydantic's in one line: parameter, value, bound, remedy."""
+    path = [str(part) for part in fault["loc"]]
+    names = [part for part in path if not part.isdigit()]
+    where, value, kind, context = (
+        ".".join(path),
+        fault["input"],
+        fault["type"],
+        fault.get("ctx", {}),
+    )
+    if kind == "extra_forbidden":
+        known = _fields(names[:-1])
+        return (
+            f'key "{where}" is not known.{registry.nearest(names[-1], known)} '
+            f"Known here: {', '.join(known)}."
+        )
+    if kind == "missing":
+        return f'key "{where}" is missing. Add it; simulations/accords/heart.toml explains it.'
+    if kind in _BOUNDS:
+        words, key = _BOUNDS[kind]
+        return f"{where} = {value} {words} {context[key]}. Change it in the accord."
+    if kind == "string_pattern_mismatch":
+        return (
+            f'{where} = "{value}" must be lower-case letters, digits and hyphens, at most 32, '
+            "and start with a letter. Rename it."
+        )
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{where} = {value!r} must be {message}. Change it in the accord."

@@ -1,0 +1,149 @@
+"""The command line: check, simulate, report, verify. User errors are one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedaccord import __version__
+from fedaccord.errors import FedAccordError
+
+# Flower reads these when it is imported or started; nothing that FedAccord starts calls home.
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated learning with differential privacy, fairness audits and evidence.",
+)
+
+AccordFile = Annotated[
+    str, typer.Argument(help="A TOML file, or the name of a bundled accord (heart).")
+]
+RunPath = Annotated[Path, typer.Argument(help="The folder that a run left.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedaccord {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+@app.command()
+def check(accord: AccordFile) -> None:
+    """Print an accord as a table, with its digest."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedaccord import accord as accords
+
+    agreed = accords.load(accord)
+    table = Table("key", "value", title=f"accord {agreed.name}", title_justify="left")
+    for key, value in _flat(agreed.model_dump(mode="json"), ""):
+        table.add_row(key, str(value))
+    console = Console()
+    console.print(table)
+    console.print(f"digest {agreed.digest}", soft_wrap=True)
+
+
+def _flat(value: object, path: str) -> list[tuple[str, object]]:
+    """List the leaves of nested tables with their dotted paths; a site by its name."""
+    if isinstance(value, dict) and value:
+        return [leaf for k, v in value.items() for leaf in _flat(v, f"{path}.{k}" if path else k)]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [leaf for v in value for leaf in _flat(v, f"{path}[{v['name']}]")]
+    return [(path, "-" if value in (None, {}) else value)]
+
+
+@app.command()
+def simulate(
+    accord: AccordFile,
+    sites: Annotated[
+        Path | None,
+        typer.Option(help="Lasting folder of the simulated sites' ledgers and policies."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder that gets the run's folder.")] = Path("runs"),
+) -> None:
+    """Run an accord with all its sites on this machine, then write the report."""
+    from fedaccord import accord as accords
+    from fedaccord import runs
+
+    agreed = accords.load(accord)
+    run = out / runs.new_id(agreed.name)
+
+    from rich.console import Console
+
+    from fedaccord.reports.report import write_report
+    from fedaccord.simulations import display
+
+    console = Console()
+    table = display.simulate(agreed, accord, run, sites or run / "sites", console)
+    page = write_report(run)
+    console.print(table)
+    outcome = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    console.print(f"[bold]Privacy[/bold]  {outcome['headline']}", highlight=False)
+    console.print("[bold]Not protected[/bold]")
+    for line in outcome["not_protected"]:
+        console.print(f"  - {line}", highlight=False)
+    console.print(f"[bold]Report[/bold]  {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Render a run's evidence as report.html and report.json."""
+    from fedaccord.reports.report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def verify(run: RunPath) -> None:
+    """Recompute a run's figures from its records; exit code 1 if anything differs."""
+    from fedaccord.reports.verify import verify as recompute
+
+    faults = 0
+    for found in recompute(run):
+        print(f"{'FAULT' if found.faults else 'ok':5}  {found.name}: {found.checked} checked")
+        for fault in found.faults:
+            print(f"       {fault}")
+        faults += len(found.faults)
+    print(f"{run}: {faults} faults" if faults else f"{run}: everything recomputes")
+    raise typer.Exit(1 if faults else 0)
+
+
+def main() -> None:
+    """Run the command line; a FedAccordError becomes its own words and exit code 2."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        app()
+    except FedAccordError as error:
+        print(f"fedaccord: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fedaccord: interrupted; what was finished is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Errors that a user can act on: one line each, exit code 2, no traceback."""
+
+
+class FedAccordError(Exception):
+    """Base of every error that ends a command with one line and exit code 2.
+
+    The message names the parameter, the value, the bound and the remedy.
+    """
+
+
+class AccordError(FedAccordError):
+    """An accord that cannot be read or does not hold together."""
+
+
+class TaskError(FedAccordError):
+    """A task whose data is missing, altered or outside its declared bounds."""
+
+
+class BudgetError(FedAccordError):
+    """A plan or a round that a site's ledger has no room for."""
+
+
+class LedgerError(FedAccordError):
+    """A ledger that is damaged, altered or belongs to another site."""
+
+
+class EvidenceError(FedAccordError):
+    """A run folder that is missing, incomplete or altered."""
+
+
+class RunError(FedAccordError):
+    """A run that cannot start or go on."""

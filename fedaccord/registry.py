@@ -1,0 +1,68 @@
+"""Names in an accord and the code behind them: literal dicts, imported late, plus entry points."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from typing import Any
+
+from fedaccord.errors import AccordError
+
+TASKS = {
+    "heart": "fedaccord.simulations.heart:Heart",
+}
+MODELS = {
+    "cnn1d": "fedaccord.models.tabular:cnn1d",
+    "mlp": "fedaccord.models.tabular:mlp",
+}
+STRATEGIES = {
+    "fedavg": "fedaccord.strategies.fedavg:fedavg",
+}
+_KINDS = {"task": TASKS, "model": MODELS, "strategy": STRATEGIES}
+_GROUPS = {
+    "task": "fedaccord.tasks",
+    "model": "fedaccord.models",
+    "strategy": "fedaccord.strategies",
+}
+
+
+def known(kind: str) -> list[str]:
+    """List the names of a kind ("task", "model" or "strategy") without importing what they name."""
+    return sorted({*_KINDS[kind], *(point.name for point in entry_points(group=_GROUPS[kind]))})
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return "" or a hint that names the known word closest to a mistyped one."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def check(kind: str, name: str) -> str:
+    """Return the name if it is known.
+
+    Raises:
+        AccordError: an unknown name; the message lists the known ones.
+    """
+    names = known(kind)
+    if name not in names:
+        raise AccordError(
+            f'{kind} "{name}" is not known.{nearest(name, names)} '
+            f'Known: {", ".join(names)}; others come by the entry point group "{_GROUPS[kind]}".'
+        )
+    return name
+
+
+def load(kind: str, name: str) -> Any:
+    """Import what a name stands for (FedAccord's own names cannot be taken over by a package).
+
+    Raises:
+        AccordError: an unknown name.
+    """
+    check(kind, name)
+    if name in _KINDS[kind]:
+        module, attribute = _KINDS[kind][name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+    (point, *_) = [p for p in entry_points(group=_GROUPS[kind]) if p.name == name]
+    return point.load()

@@ -1,0 +1,1 @@
+"""Differential privacy: the plan, its sampler, clip and noise, the accountant and the ledger."""

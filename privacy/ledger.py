@@ -1,0 +1,275 @@
+"""A site's ledger: append-only, hash-chained, durable; the only source of epsilon.
+
+Order of writing (reserve, then write ahead):
+
+RESERVE   the whole plan, against the site's cap, before round 1
+INTENT    a round's slot is used, before any record is read
+RELEASE   what left the site in that round, after it is stored and before it is sent
+COUNTS    evaluation counts that left the site, with what covers them
+NONPRIVATE  stands for RESERVE where privacy is off: epsilon infinite from then on
+REFUSAL   a plan that did not fit
+
+After a crash the file says at least as much as was spent: an INTENT without RELEASE has used its
+slot. The chain shows an edit or a gap; that nobody rewrote the whole file is for signatures and
+outside copies of the head to show, which this file does not have yet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedaccord.errors import BudgetError, LedgerError
+from fedaccord.evidence import canonical_json, sha256
+from fedaccord.privacy import accounting
+from fedaccord.privacy.plan import PrivacyPlan
+
+GENESIS = "0" * 64
+Entry = dict[str, Any]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+  seq INTEGER PRIMARY KEY, hash TEXT NOT NULL, body TEXT NOT NULL);
+CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entries
+  BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entries
+  BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+"""
+
+
+@dataclass(frozen=True)
+class Cap:
+    """The most that a site lets its subjects lose: epsilon at a delta, over all accords."""
+
+    epsilon: float
+    delta: float
+
+
+def chain(previous: str, body: str) -> str:
+    """Hash an entry together with the hash of the entry before it."""
+    return sha256(f"{previous}\n{body}")
+
+
+def check_chain(entries: list[Entry], where: str) -> None:
+    """Recompute the chain of exported entries.
+
+    Raises:
+        LedgerError: the first entry that is edited, missing or out of order, by number.
+    """
+    previous = GENESIS
+    for number, entry in enumerate(entries, start=1):
+        body = {key: value for key, value in entry.items() if key != "hash"}
+        previous = chain(previous, canonical_json(body))
+        if body.get("seq") != number or entry.get("hash") != previous:
+            raise LedgerError(
+                f"{where}: entry {number} ({body.get('kind', '?')}) does not match its hash, or "
+                "one before it was removed. Stop, and restore the ledger from a trusted copy."
+            )
+
+
+def spent(entries: list[Entry], delta: float, further: accounting.Event | None = None) -> float:
+    """Compose every plan that a ledger reserves, and one more, into one epsilon at a delta."""
+    events = [entry["event"] for entry in entries if entry["kind"] in ("RESERVE", "NONPRIVATE")]
+    events += [further] if further else []
+    return accounting.epsilon(accounting.compose(events), delta) if events else 0.0
+
+
+class Ledger:
+    """One site's ledger in one SQLite file.
+
+    Every method is one transaction that is on the disk when it returns (WAL, synchronous FULL).
+    Several processes may use one file: a reservation is exclusive.
+    """
+
+    def __init__(self, path: Path, site: str) -> None:
+        """Open or create a site's ledger and check its chain.
+
+        Raises:
+            LedgerError: a file that is damaged, altered, or another site's.
+        """
+        self.path, self.site = path, site
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = sqlite3.connect(path, timeout=120, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_SCHEMA)
+            entries = self.entries()
+        except (sqlite3.Error, json.JSONDecodeError) as fault:
+            raise LedgerError(
+                f"ledger {path}: {fault}. Nothing was released; restore the file or its disk."
+            ) from None
+        check_chain(entries, f"ledger {path}")
+        if entries and entries[0]["site"] != site:
+            raise LedgerError(
+                f'ledger {path} is of site "{entries[0]["site"]}", not "{site}". Use its own.'
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def entries(self) -> list[Entry]:
+        """Return all entries in order, each with its hash."""
+        rows = self._db.execute("SELECT hash, body FROM entries ORDER BY seq").fetchall()
+        return [json.loads(body) | {"hash": mark} for mark, body in rows]
+
+    def find(self, run: str, *kinds: str) -> list[Entry]:
+        """Return a run's entries of some kinds, in order."""
+        return [e for e in self.entries() if e["run"] == run and e["kind"] in kinds]
+
+    def reserve(
+        self, run: str, plan: PrivacyPlan | None, rounds: int, cap: Cap, accord: str
+    ) -> Entry:
+        """Reserve a whole plan, or refuse it, in one exclusive transaction.
+
+        Asking again for the same run returns the reservation that is there.
+
+        Args:
+            run: the run's id.
+            plan: the plan, or None where privacy is off.
+            rounds: rounds with spares, the number of slots.
+            cap: the site's cap over everything that its ledger holds.
+            accord: the accord's digest.
+
+        Raises:
+            BudgetError: plan and past together would pass the cap; a REFUSAL is on record.
+        """
+        event = plan.event() if plan else accounting.NON_PRIVATE
+        with self._transaction() as entries:
+            for entry in entries:
+                if entry["run"] == run and entry["kind"] in ("RESERVE", "NONPRIVATE"):
+                    return entry
+            refusal = self._over(entries, event, cap)
+            if refusal:
+                self._append("REFUSAL", run, accord=accord, reason=refusal)
+            else:
+                private = plan is not None
+                entry = self._append(
+                    "RESERVE" if private else "NONPRIVATE",
+                    run,
+                    accord=accord,
+                    rounds=rounds,
+                    plan=plan.to_json() if plan else None,
+                    plan_digest=plan.digest if plan else None,
+                    event=event,
+                    epsilon=plan.epsilon() if plan else "infinite",
+                    cap={"epsilon": cap.epsilon if private else "infinite", "delta": cap.delta},
+                )
+        if refusal:
+            raise BudgetError(refusal)
+        return entry
+
+    def consider(self, run: str, plan: PrivacyPlan | None, cap: Cap, accord: str) -> None:
+        """Refuse a plan that does not fit, before anybody reserves; else write nothing.
+
+        Raises:
+            BudgetError: as `reserve`.
+        """
+        event = plan.event() if plan else accounting.NON_PRIVATE
+        with self._transaction() as entries:
+            refusal = self._over(entries, event, cap)
+            if refusal:
+                self._append("REFUSAL", run, accord=accord, reason=refusal)
+        if refusal:
+            raise BudgetError(refusal)
+
+    def intend(self, run: str, number: int) -> Entry:
+        """Use one slot for a round, before any record is read.
+
+        Raises:
+            BudgetError: no reservation, no slot left, or this round already has its slot.
+        """
+        with self._transaction() as entries:
+            mine = [entry for entry in entries if entry["run"] == run]
+            reserved = [entry for entry in mine if entry["kind"] in ("RESERVE", "NONPRIVATE")]
+            slots = reserved[0]["rounds"] if reserved else 0
+            used = [entry["round"] for entry in mine if entry["kind"] == "INTENT"]
+            if number in used:
+                raise BudgetError(
+                    f"Site {self.site} has already used its slot for round {number} of run {run}. "
+                    "Ask for a later round."
+                )
+            if len(used) >= slots:
+                raise BudgetError(
+                    f"Site {self.site} has no slot left of {slots} reserved for run {run}. "
+                    "Raise rounds.spare_rounds in a new accord."
+                )
+            return self._append("INTENT", run, round=number, slot=len(used) + 1, slots=slots)
+
+    def release(self, run: str, number: int, **what: Any) -> Entry:
+        """Record what a round released; call it once the bytes are stored and before they go.
+
+        Raises:
+            LedgerError: no INTENT for the round, or a RELEASE already.
+        """
+        with self._transaction() as entries:
+            kinds = [e["kind"] for e in entries if e["run"] == run and e.get("round") == number]
+            if "INTENT" not in kinds or "RELEASE" in kinds:
+                raise LedgerError(
+                    f"ledger {self.path}: round {number} of run {run} has "
+                    f"{'a RELEASE already' if 'RELEASE' in kinds else 'no INTENT'}. "
+                    "Nothing was sent; look at who else writes this ledger."
+                )
+            return self._append("RELEASE", run, round=number, **what)
+
+    def counts(self, run: str, number: int, **what: Any) -> Entry:
+        """Record that evaluation counts leave the site, and what covers them."""
+        with self._transaction():
+            return self._append("COUNTS", run, round=number, **what)
+
+    def export(self) -> str:
+        """Return the whole ledger as JSON lines, each entry with its hash."""
+        return "".join(canonical_json(entry) + "\n" for entry in self.entries())
+
+    def _over(self, entries: list[Entry], event: accounting.Event, cap: Cap) -> str:
+        """Say why a plan does not fit under the cap, or return ""."""
+        if math.isinf(cap.epsilon) or spent(entries, cap.delta, event) <= cap.epsilon:
+            return ""
+        needs = accounting.show(accounting.epsilon(event, cap.delta))
+        left = max(0.0, cap.epsilon - spent(entries, cap.delta))
+        return (
+            f"This plan needs epsilon {needs}; site {self.site} has "
+            f"{math.floor(left * 100) / 100:.2f} of {cap.epsilon:.2f} left at delta {cap.delta:g}. "
+            "Plan fewer rounds, raise privacy.noise_multiplier, or ask the site to raise its cap."
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[list[Entry]]:
+        """Hold the file alone, show what it holds, commit durably or not at all."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.entries()
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.Error as fault:
+            raise LedgerError(
+                f"ledger {self.path}: {fault}. Nothing was released; free or mend the disk."
+            ) from None
+
+    def _append(self, kind: str, run: str, **what: Any) -> Entry:
+        last = self._db.execute(
+            "SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1"
+        ).fetchone()
+        seq, previous = last or (0, GENESIS)
+        entry = what | {
+            "seq": seq + 1,
+            "site": self.site,
+            "kind": kind,
+            "run": run,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        body = canonical_json(entry)
+        mark = chain(previous, body)
+        self._db.execute("INSERT INTO entries VALUES (?, ?, ?)", (seq + 1, mark, body))
+        return json.loads(body) | {"hash": mark}

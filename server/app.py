@@ -1,0 +1,192 @@
+"""The ServerApp: admit the sites, run the rounds, leave the evidence."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedaccord import accord as accords
+from fedaccord import registry, runs
+from fedaccord.accord import Accord
+from fedaccord.errors import AccordError, BudgetError
+from fedaccord.evidence import build_hash
+from fedaccord.models.build import build, parameter_count
+from fedaccord.privacy import accounting
+from fedaccord.privacy.plan import PrivacyPlan, plan_for
+from fedaccord.runs import RunFolder
+from fedaccord.server import admission, checkpoint
+from fedaccord.server.admission import Place
+from fedaccord.server.rounds import Coordinator, student_weights
+from fedaccord.tasks import Task, load_task
+
+PACKAGES = ("flwr", "torch", "opacus", "dp-accounting", "fairlearn", "numpy")
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one accord over whatever carries the grid.
+
+    Run config: `accord` (a TOML file, or the name of a bundled accord), `run` (the folder to
+    leave, or "" for a new one under $FEDACCORD_HOME).
+
+    Raises:
+        AccordError: an accord that does not hold together.
+        BudgetError: too few sites let it in; nothing was read and nothing reserved.
+    """
+    torch.set_num_threads(1)  # small models; and results that do not depend on the cores
+    where = str(context.run_config["accord"])
+    accord = accords.load(where)
+    task = load_task(accord.task.name, accord.task.options)
+    check_against_task(accord, task)
+    folder = open_folder(str(context.run_config.get("run", "")), where, accord)
+    model, student = initial(accord, task)
+    folder.append(start_record(accord, task, model, student))
+    try:
+        places, out = admission.admit(grid, accord, folder.id)
+    except BudgetError as refusal:
+        folder.append({"id": "end", "kind": "end", "stop": "refused", "reason": str(refusal)})
+        folder.seal()
+        raise
+    plans = {place.site: plan_for(accord, place.site) for place in places}
+    for place in places:
+        folder.append(plan_record(place, plans[place.site]))
+    for site, reason in sorted(out.items()):
+        folder.append({"id": f"out/{site}", "kind": "out", "site": site, "reason": reason})
+    coordinator = Coordinator(
+        accord=accord,
+        task=task,
+        grid=grid,
+        strategy=registry.load("strategy", accord.strategy.name)(),
+        folder=folder,
+        places=places,
+        plans=plans,
+        model=student_weights(model),
+        student=student,
+    )
+    finish(coordinator, coordinator.run())
+
+
+def check_against_task(accord: Accord, task: Task) -> None:
+    """Hold an accord to the task that it names.
+
+    Raises:
+        AccordError: a site or an attribute that the task does not have.
+    """
+    for site in accord.roster:
+        if site not in task.sites:
+            raise AccordError(
+                f'sites: task {task.spec.name} has no site "{site}".'
+                f"{registry.nearest(site, task.sites)} Known: {', '.join(task.sites)}."
+            )
+    for name in accord.fairness.attributes:
+        if name not in task.spec.attributes:
+            raise AccordError(
+                f'fairness.attributes: task {task.spec.name} has no attribute "{name}".'
+                f"{registry.nearest(name, task.spec.attributes)} "
+                f"Known: {', '.join(task.spec.attributes)}."
+            )
+
+
+def open_folder(run: str, where: str, accord: Accord) -> RunFolder:
+    """Start the run's folder with the accord's text."""
+    path = Path(where)
+    path = path if path.is_file() else accords.bundled()[where]
+    folder = Path(run) if run else runs.home() / "runs" / runs.new_id(accord.name)
+    return RunFolder.create(folder, path.read_text(encoding="utf-8"))
+
+
+def initial(accord: Accord, task: Task) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+    """Build the global model and, where the accord wants one, the student."""
+    model = build(accord.model.name, task.spec, accord.model.options, accord.seed)
+    wants = accord.distillation
+    if not wants.enabled:
+        return model, None
+    return model, build(wants.model, task.spec, wants.options, accord.seed)
+
+
+def start_record(
+    accord: Accord, task: Task, model: torch.nn.Module, student: torch.nn.Module | None
+) -> dict[str, Any]:
+    """Say what is run, by which code, on which task, from which weights."""
+    return {
+        "id": "start",
+        "kind": "start",
+        "accord": accord.digest,
+        "private": accord.privacy.enabled,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "build": build_hash(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "task": {
+            "name": task.spec.name,
+            "source": task.spec.source,
+            "inputs": len(task.spec.features),
+            "classes": list(task.spec.classes),
+            "groups": {k: list(v) for k, v in task.spec.attributes.items()},
+        },
+        "model": {
+            "name": accord.model.name,
+            "parameters": parameter_count(model),
+            "weights": checkpoint.weights_digest(student_weights(model)),
+        },
+        "student": None
+        if student is None
+        else {"name": accord.distillation.model, "parameters": parameter_count(student)},
+    }
+
+
+def plan_record(place: Place, plan: PrivacyPlan | None) -> dict[str, Any]:
+    """Say what a site reserved and what it costs, by every measure that the report gives."""
+    record: dict[str, Any] = {
+        "id": f"plan/{place.site}",
+        "kind": "plan",
+        "site": place.site,
+        "entry": place.entry,
+    }
+    if plan is None:
+        return record | {"statement": "no privacy guarantee: privacy.enabled = false"}
+    return record | {
+        "statement": plan.statement(),
+        "noise_stddev": plan.noise_stddev,
+        "expected_batch": plan.normaliser,
+        "epsilon": {
+            "PLD": plan.epsilon(),
+            "RDP": plan.epsilon(accountant="RDP"),
+            "replace-one": accounting.epsilon(plan.event(), plan.delta, "replace-one"),
+        },
+    }
+
+
+def finish(coordinator: Coordinator, reason: str) -> None:
+    """Write the models, collect the ledgers, close the run's evidence."""
+    folder, student = coordinator.folder, coordinator.student
+    folder.write("model.safetensors", checkpoint.weights_bytes(coordinator.model))
+    if student is not None:
+        weights = student_weights(student)
+        folder.write("student.safetensors", checkpoint.weights_bytes(weights))
+    ledgers = admission.collect_ledgers(
+        coordinator.grid, coordinator.places, coordinator.accord, folder.id
+    )
+    for site, text in ledgers.items():
+        folder.write(f"ledgers/{site}.jsonl", text)
+    folder.append(
+        {
+            "id": "end",
+            "kind": "end",
+            "stop": "finished",
+            "reason": reason,
+            "rounds": coordinator.finished,
+            "model": checkpoint.weights_digest(coordinator.model),
+            "ledgers": sorted(ledgers),
+        }
+    )
+    folder.seal()

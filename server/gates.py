@@ -1,0 +1,177 @@
+"""Gates: which replies may reach a strategy, and why the others may not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+Weights = dict[str, np.ndarray[Any, np.dtype[Any]]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate made of one site's reply.
+
+    Attributes:
+        site: who was asked.
+        reason: why the reply was dropped, or "" if it was accepted.
+        weights: the accepted weights.
+        norm: L2 norm of the accepted update.
+    """
+
+    site: str
+    reason: str
+    weights: Weights | None = None
+    norm: float | None = None
+
+
+def to_weights(arrays: ArrayRecord) -> Weights:
+    """Read an ArrayRecord into numpy arrays by name."""
+    return {name: array.numpy() for name, array in arrays.items()}
+
+
+def to_arrays(weights: Weights) -> ArrayRecord:
+    """Pack numpy arrays for a message."""
+    return ArrayRecord({name: Array(np.asarray(value)) for name, value in weights.items()})
+
+
+def norm(update: Weights, base: Weights) -> float:
+    """L2 norm over all weights of what a site changed, in float64."""
+    squares = (np.sum((update[k].astype(np.float64) - base[k]) ** 2) for k in sorted(base))
+    return float(np.sqrt(sum(squares)))
+
+
+def inspect(
+    reply: Message, site: str, run: str, number: int, base: Weights, max_norm: float
+) -> Verdict:
+    """Decide on one reply to a training message.
+
+    | dropped | reason |
+    |---|---|
+    | no content | error, or the site's own refusal |
+    | another site, run or round than was asked | identity |
+    | names, shapes or dtypes other than the global model's | form |
+    | NaN or infinity | not finite |
+    | update longer than the accord's bound | norm |
+
+    Args:
+        reply: what came back from the node that was asked.
+        site: the site that this node is.
+        run: the run's id.
+        number: the round.
+        base: the global model that the site was given.
+        max_norm: L2 bound of an update.
+    """
+    if reply.has_error():
+        return Verdict(site, f"error: {reply.error.reason}")
+    config = dict(reply.content.config_records.get("config", {}))
+    if config.get("refused"):
+        return Verdict(site, f"refused: {config['refused']!s}")
+    said = {key: config.get(key) for key in ("site", "run", "round")}
+    if said != {"site": site, "run": run, "round": number}:
+        return Verdict(site, f"identity: asked {site} for round {number}, got {said}")
+    if set(reply.content.array_records) != {"arrays"}:
+        return Verdict(site, "form: exactly one record of arrays is expected")
+    arrays = reply.content.array_records["arrays"]
+    if set(arrays) != set(base):
+        return Verdict(site, "form: names of the weights differ from the global model's")
+    try:
+        weights = {name: arrays[name].numpy() for name in base}
+    except (TypeError, ValueError, EOFError) as fault:
+        return Verdict(site, f"form: arrays cannot be read ({type(fault).__name__})")
+    for name, value in weights.items():
+        if value.shape != base[name].shape or value.dtype != base[name].dtype:
+            return Verdict(
+                site,
+                f"form: {name} is {value.dtype}{list(value.shape)}, not "
+                f"{base[name].dtype}{list(base[name].shape)}",
+            )
+        if not np.isfinite(value).all():
+            return Verdict(site, f"not finite: {name}")
+    length = norm(weights, base)
+    if length > max_norm:
+        return Verdict(site, f"norm: update of L2 norm {length:.4g} is above {max_norm:g}")
+    return Verdict(site, "", weights, length)
+
+
+def gate(
+    replies: list[Message],
+    sites: Mapping[int, str],
+    run: str,
+    number: int,
+    base: Weights,
+    max_norm: float,
+) -> list[tuple[Verdict, Message]]:
+    """Inspect all replies, in order of site; a second reply of a site is dropped.
+
+    Args:
+        replies: in any order.
+        sites: the site of each node that was asked.
+        run: the run's id.
+        number: the round.
+        base: the global model that the sites were given.
+        max_norm: L2 bound of an update.
+    """
+    out: list[tuple[Verdict, Message]] = []
+    seen: set[int] = set()
+    known = [reply for reply in replies if reply.metadata.src_node_id in sites]
+    for reply in sorted(known, key=lambda r: sites[r.metadata.src_node_id]):
+        node = reply.metadata.src_node_id
+        site = sites[node]
+        if node in seen:
+            out.append((Verdict(site, "duplicate: the site had already replied"), reply))
+            continue
+        seen.add(node)
+        out.append((inspect(reply, site, run, number, base, max_norm), reply))
+    return out
+
+
+def weighted(verdict: Verdict, reply: Message, weight: int) -> Message:
+    """Give a strategy the accepted weights and the roster's weight, and nothing else of a reply."""
+    assert verdict.weights is not None
+    reply.content = RecordDict(
+        {
+            "arrays": to_arrays(verdict.weights),
+            "metrics": MetricRecord({"num-examples": weight}),
+        }
+    )
+    return reply
+
+
+def read_counts(
+    reply: Message, site: str, run: str, number: int, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Read the group counts of an evaluation reply, or say why they cannot be used.
+
+    Args:
+        reply: what came back from the node that was asked.
+        site: the site that this node is.
+        run: the run's id.
+        number: the round.
+        shapes: for each attribute the shape (groups, labels, predictions) of its counts.
+
+    Returns:
+        The reason or "", and for each model and attribute nested lists of counts.
+    """
+    if reply.has_error():
+        return f"error: {reply.error.reason}", {}
+    config = dict(reply.content.config_records.get("config", {}))
+    if config.get("refused"):
+        return f"refused: {config['refused']!s}", {}
+    said = {key: config.get(key) for key in ("site", "run", "round")}
+    if said != {"site": site, "run": run, "round": number}:
+        return f"identity: asked {site} for round {number}, got {said}", {}
+    out: dict[str, dict[str, Any]] = {}
+    for section, record in reply.content.metric_records.items():
+        for name, shape in shapes.items():
+            cells = record.get(name)
+            if not isinstance(cells, list) or len(cells) != int(np.prod(shape)):
+                return f"form: counts of {section} by {name} are not {list(shape)}", {}
+            if not all(type(cell) is int and cell >= 0 for cell in cells):
+                return f"form: counts of {section} by {name} are not whole numbers from 0 up", {}
+            out.setdefault(section, {})[name] = np.reshape(cells, shape).tolist()
+    return "", out

@@ -1,0 +1,251 @@
+"""The round: eight named steps, from the invitation to the decision to go on."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedaccord.accord import Accord
+from fedaccord.fairness.federation import audit_sites
+from fedaccord.models.build import build
+from fedaccord.privacy.plan import PrivacyPlan
+from fedaccord.runs import RunFolder
+from fedaccord.server import admission, checkpoint, distillation, gates
+from fedaccord.server.admission import Place
+from fedaccord.server.gates import Verdict, Weights
+from fedaccord.tasks import Task
+
+
+@dataclass
+class Coordinator:
+    """The coordinator's state between rounds, and one method for each step of a round."""
+
+    accord: Accord
+    task: Task
+    grid: Grid
+    strategy: Strategy
+    folder: RunFolder
+    places: list[Place]
+    plans: dict[str, PrivacyPlan | None]
+    model: Weights
+    student: torch.nn.Module | None
+    number: int = 0
+    finished: int = 0
+
+    def run(self) -> str:
+        """Run rounds until one decides to stop; return why it did."""
+        while True:
+            began = time.monotonic()
+            self.number += 1
+            drawn = self.invite()
+            replies = self.train(drawn)
+            verdicts = self.gate(drawn, replies)
+            accepted = self.aggregate(verdicts)
+            lesson = self.distil(verdicts) if accepted else None
+            audit = self.audit() if accepted else None
+            self.record(drawn, verdicts, accepted, lesson, audit, time.monotonic() - began)
+            if stop := self.decide(audit):
+                return stop
+
+    def invite(self) -> list[Place]:
+        """Step 1: draw the round's sites, from the seed, among those with a slot left."""
+        able = [place for place in self.places if place.slots > 0]
+        wanted = self.accord.rounds.sites_per_round or len(able)
+        rng = random.Random(f"{self.accord.seed}/invite/{self.number}")
+        drawn = rng.sample(able, min(wanted, len(able)))
+        return sorted(drawn, key=lambda place: place.site)
+
+    def train(self, drawn: list[Place]) -> list[Message]:
+        """Step 2: let the strategy address the drawn sites, and collect what they release."""
+        for place in drawn:  # a slot is gone once it is asked for, answer or not
+            place.slots -= 1
+        view = admission.DrawnGrid(self.grid, [place.node for place in drawn])
+        messages = self.strategy.configure_train(
+            self.number, gates.to_arrays(self.model), ConfigRecord(self._about()), view
+        )
+        return list(self.grid.send_and_receive(messages, timeout=self.accord.rounds.timeout))
+
+    def gate(self, drawn: list[Place], replies: list[Message]) -> list[tuple[Verdict, Message]]:
+        """Step 3: drop what is malformed or not from who was asked; record why."""
+        sites = {place.node: place.site for place in drawn}
+        bound = self.accord.strategy.max_update_norm
+        return gates.gate(replies, sites, self.folder.id, self.number, self.model, bound)
+
+    def aggregate(self, verdicts: list[tuple[Verdict, Message]]) -> list[str]:
+        """Step 4: give the accepted updates, with the roster's weights, to the strategy.
+
+        Returns the sites whose updates are in the new model; none where the round failed, and
+        then the model stays what it was.
+        """
+        roster = self.accord.roster
+        good = [(verdict, reply) for verdict, reply in verdicts if not verdict.reason]
+        if len(good) < max(1, self.accord.rounds.min_sites):
+            return []
+        replies = [gates.weighted(v, reply, roster[v.site]) for v, reply in good]
+        arrays, _ = self.strategy.aggregate_train(self.number, replies)
+        if arrays is None:
+            return []
+        self.model = {
+            name: np.asarray(value, self.model[name].dtype)
+            for name, value in gates.to_weights(arrays).items()
+        }
+        self.finished += 1
+        return [verdict.site for verdict, _ in good]
+
+    def distil(self, verdicts: list[tuple[Verdict, Message]]) -> dict[str, float] | None:
+        """Step 5: teach the student what the round's site models agree on, on public inputs."""
+        settings = self.accord.distillation
+        if self.student is None or self.finished % settings.every:
+            return None
+        seed = self.accord.seed
+        proxy = torch.from_numpy(self.task.public(settings.proxy_rows, seed))
+        agreed = self.accord.model
+        teacher = build(agreed.name, self.task.spec, agreed.options, seed)
+        teachers = [v.weights for v, _ in verdicts if not v.reason and v.weights is not None]
+        targets = distillation.teach(teacher, teachers, proxy)
+        before, after = distillation.distil(
+            self.student, proxy, targets, settings, seed + self.number
+        )
+        return {"divergence_before": before, "divergence_after": after}
+
+    def audit(self) -> dict[str, Any]:
+        """Step 6: have every site count both models' predictions by group, and work out figures."""
+        content = RecordDict({"config": ConfigRecord(self._about())})
+        content["model"] = gates.to_arrays(self.model)
+        if self.student is not None:
+            content["student"] = gates.to_arrays(student_weights(self.student))
+        nodes = [place.node for place in self.places]
+        timeout = self.accord.rounds.timeout
+        replies = admission.ask(self.grid, nodes, "evaluate", content, timeout)
+        rules, classes = self.accord.fairness, len(self.task.spec.classes)
+        groups = {name: self.task.spec.attributes[name] for name in rules.attributes}
+        shapes = {name: (len(names), classes, classes) for name, names in groups.items()}
+        missing: dict[str, str] = {}
+        tables: dict[str, dict[str, Any]] = {section: {} for section in content.array_records}
+        for place in self.places:
+            if place.node not in replies:
+                missing[place.site] = "no answer"
+                continue
+            missing[place.site], counts = gates.read_counts(
+                replies[place.node], place.site, self.folder.id, self.number, shapes
+            )
+            for section in tables.keys() & counts.keys():
+                tables[section][place.site] = counts[section]
+        out: dict[str, Any] = {"not_counted": {s: why for s, why in missing.items() if why}}
+        for section, table in tables.items():
+            figures = audit_sites(table, groups, rules.min_group, rules.confidence)
+            out[section] = {"counts": table, "figures": figures}
+        return out
+
+    def record(
+        self,
+        drawn: list[Place],
+        verdicts: list[tuple[Verdict, Message]],
+        accepted: list[str],
+        lesson: dict[str, float] | None,
+        audit: dict[str, Any] | None,
+        seconds: float,
+    ) -> None:
+        """Step 7: checkpoint atomically, then append the round to the evidence."""
+        student = None if self.student is None else student_weights(self.student)
+        checkpoint.save(self.folder.path, self.number, self.model, student)
+        replies = {
+            verdict.site: {"accepted": not verdict.reason, "reason": verdict.reason}
+            | ({"update_norm": verdict.norm} if verdict.norm is not None else {})
+            for verdict, _ in verdicts
+        }
+        for place in drawn:
+            replies.setdefault(place.site, {"accepted": False, "reason": "no answer"})
+        self.folder.append(
+            {
+                "id": f"round-{self.number}",
+                "kind": "round",
+                "round": self.number,
+                "invited": [place.site for place in drawn],
+                "replies": replies,
+                "aggregated": accepted,
+                "weights": {site: self.accord.roster[site] for site in accepted},
+                "model": checkpoint.weights_digest(self.model),
+                "student": checkpoint.weights_digest(student) if student else None,
+                "distillation": lesson,
+                "audit": audit,
+                "epsilon": self._epsilon(),
+                "seconds": round(seconds, 3),
+            }
+        )
+
+    def decide(self, audit: dict[str, Any] | None) -> str:
+        """Step 8: go on (""), or stop and say why; either is on record."""
+        reason = self._breach(audit) or self._end()
+        self.folder.append(
+            {
+                "id": f"decision-{self.number}",
+                "kind": "decision",
+                "round": self.number,
+                "stop": bool(reason),
+                "reason": reason or "go on",
+            }
+        )
+        return reason
+
+    def _breach(self, audit: dict[str, Any] | None) -> str:
+        """Say which fairness rule the accord stops for, or "" if none."""
+        rule = self.accord.fairness
+        if audit is None or rule.max_parity_difference is None or not rule.stop_on_breach:
+            return ""
+        for name in rule.attributes:
+            figure = audit["model"]["figures"]["attributes"][name]["all"]
+            value = figure["demographic_parity_difference"]["value"]
+            if value is not None and value > rule.max_parity_difference:
+                return (
+                    f"fairness rule: the demographic parity difference by {name}, {value:.3f}, "
+                    f"is above {rule.max_parity_difference:g}"
+                )
+        return ""
+
+    def _end(self) -> str:
+        """Say why there is no further round, or "" if there is one."""
+        planned = self.accord.rounds.rounds
+        if self.finished >= planned:
+            return f"rounds done: {planned} of {planned}"
+        able = sum(place.slots > 0 for place in self.places)
+        if able < max(1, self.accord.rounds.min_sites):
+            return (
+                f"budget: {able} sites have a reserved round left, after {self.finished} of "
+                f"{planned} rounds"
+            )
+        return ""
+
+    def _epsilon(self) -> dict[str, Any]:
+        """Each site's used rounds, and the plan's epsilon had it been that many rounds long."""
+        out: dict[str, Any] = {}
+        for place in self.places:
+            plan = self.plans[place.site]
+            used = int(place.entry["rounds"]) - place.slots
+            private = plan is not None
+            out[place.site] = {
+                "rounds_used": used,
+                "curve": (plan.epsilon(used) if used else 0.0) if plan else "infinite",
+                "reserved": place.entry["epsilon"] if private else "infinite",
+            }
+        return out
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "run": self.folder.id,
+            "accord": self.accord.digest,
+            "server-round": self.number,
+        }
+
+
+def student_weights(student: torch.nn.Module) -> Weights:
+    """Read a module's weights as numpy arrays by name."""
+    return {name: value.numpy().copy() for name, value in student.state_dict().items()}

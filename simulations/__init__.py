@@ -1,0 +1,1 @@
+"""One machine plays all sites: the engine, partitioning, bundled tasks and accords."""

@@ -1,0 +1,197 @@
+"""The in-process engine: the unmodified ServerApp and ClientApp in one process, without Ray."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+RUN_ID = 1
+FIRST_NODE = 1000
+Config = dict[str, bool | float | int | str]
+
+
+def isolate(content: RecordDict) -> RecordDict:
+    """Copy the containers of a message and share its immutable array bytes.
+
+    Flower's strategies put one RecordDict into all messages; a site that changed its copy would
+    otherwise change everybody's.
+    """
+    out = RecordDict()
+    for name, record in content.items():
+        copy = type(record)()
+        for key, value in record.items():
+            copy[key] = list(value) if isinstance(value, list) else value  # type: ignore[assignment]
+        out[name] = copy
+    return out
+
+
+class InProcessGrid(Grid):
+    """A Flower Grid whose nodes are calls of the ClientApp in this process, one after another.
+
+    It relies on a few names of Flower's that are not documented (`TaskIdentity`, `Run`,
+    `_message_id`); the minor version is pinned and a test compares it with Flower's own runtime.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        nodes: int,
+        run_config: Config,
+        on_reply: Callable[[Message], None] = lambda _: None,
+    ) -> None:
+        """Make the nodes.
+
+        Args:
+            client_app: the ClientApp of every node.
+            nodes: how many there are; node i has `partition-id` i.
+            run_config: what `--run-config` would hold.
+            on_reply: called with every reply, for a progress display.
+        """
+        TaskIdentity.run_id, TaskIdentity.node_id = RUN_ID, SUPERLINK_NODE_ID
+        TaskIdentity.task_id = RUN_ID
+        self._app, self._on_reply = client_app, on_reply
+        self._waiting: dict[str, Message] = {}
+        self._run = Run.create_empty(run_id=RUN_ID)
+        self._contexts = {
+            FIRST_NODE + place: Context(
+                run_id=RUN_ID,
+                node_id=FIRST_NODE + place,
+                node_config={"partition-id": place, "num-partitions": nodes},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for place in range(nodes)
+        }
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """Return the run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Make a message (strategies make their own)."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes, in order."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Take messages; they are worked on when their replies are pulled."""
+        ids = []
+        for message in messages:
+            mark = str(uuid4())
+            message.metadata.__dict__["_message_id"] = mark
+            ids.append(mark)
+            if message.metadata.dst_node_id in self._contexts:
+                self._waiting[mark] = message  # to an unknown node: never answered, as in Flower
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Work on messages and return their replies."""
+        marks = [mark for mark in message_ids if mark in self._waiting]
+        return [self._work(self._waiting.pop(mark)) for mark in marks]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Work on messages in order until all are answered or the time is up."""
+        end = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        for mark in list(self.push_messages(messages)):
+            if end is not None and time.monotonic() >= end:
+                self._waiting.pop(mark, None)
+                continue
+            replies.extend(self.pull_messages([mark]))
+        return replies
+
+    def _work(self, message: Message) -> Message:
+        context = self._contexts[message.metadata.dst_node_id]
+        asked = Message(
+            isolate(message.content),
+            message.metadata.dst_node_id,
+            message.metadata.message_type,
+            ttl=message.metadata.ttl,
+            group_id=message.metadata.group_id or None,
+        )
+        asked.metadata.__dict__["_message_id"] = message.metadata.message_id
+        try:
+            reply = self._app(message=asked, context=context)
+            if reply.has_content():
+                reply = Message(isolate(reply.content), reply_to=asked)
+        except Exception as fault:  # Flower's engines turn a ClientApp's exception into a reply
+            text = f"{type(fault)}:<'{fault}'>\n{traceback.format_exc()}"
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text), reply_to=asked)
+        reply.metadata.__dict__["_message_id"] = str(uuid4())
+        self._on_reply(reply)
+        return reply
+
+
+def run_in_process(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    nodes: int,
+    run_config: Config,
+    on_reply: Callable[[Message], None] = lambda _: None,
+) -> None:
+    """Run a ServerApp and a ClientApp to their end in this process.
+
+    Raises:
+        Exception: whatever the ServerApp raises.
+    """
+    grid = InProcessGrid(client_app, nodes, run_config, on_reply)
+    context = Context(
+        run_id=RUN_ID,
+        node_id=SUPERLINK_NODE_ID,
+        node_config={},
+        state=RecordDict(),
+        run_config=dict(run_config),
+    )
+    server_app(grid=grid, context=context)
+
+
+def simulate(
+    accord: Path | str,
+    run: Path,
+    sites: Path,
+    nodes: int,
+    on_reply: Callable[[Message], None] = lambda _: None,
+) -> None:
+    """Run FedAccord's own apps on this machine.
+
+    Args:
+        accord: a TOML file, or the name of a bundled accord.
+        run: the folder that the run leaves.
+        sites: where the simulated sites keep their ledgers and policies.
+        nodes: how many sites the accord has.
+        on_reply: called with every reply.
+
+    Raises:
+        FedAccordError: as the ServerApp.
+    """
+    from fedaccord.client.app import app as client_app
+    from fedaccord.server.app import app as server_app
+
+    config: Config = {"accord": str(accord), "run": str(run), "sites": str(sites.resolve())}
+    run_in_process(server_app, client_app, nodes, config, on_reply)

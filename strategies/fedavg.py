@@ -1,0 +1,22 @@
+"""FedAvg (McMahan et al. 2017): Flower's own, set up for sites that the coordinator has drawn."""
+
+from __future__ import annotations
+
+from flwr.serverapp.strategy import FedAvg
+
+
+def fedavg() -> FedAvg:
+    """Build Flower's FedAvg so that it trains every site it is shown and evaluates none.
+
+    The coordinator draws the sites itself, reproducibly (Flower draws unseeded), and audits by
+    counts, so Flower's sampling and its averaging of metrics are switched off. Weights are the
+    accord's declared sizes, put beside each accepted reply under "num-examples".
+    """
+    return FedAvg(
+        fraction_train=1.0,
+        min_train_nodes=1,
+        min_available_nodes=1,
+        fraction_evaluate=0.0,
+        min_evaluate_nodes=0,
+        weighted_by_key="num-examples",
+    )
