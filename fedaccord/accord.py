@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
+import re
 import tomllib
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     field_validator,
     model_validator,
@@ -21,11 +25,38 @@ from pydantic import (
 from fedaccord import evidence, registry
 from fedaccord.errors import AccordError
 
+
+class _Fault(ValueError):
+    """A fault with its own full sentence, which pydantic collects with the others."""
+
+
+def _known(kind: str) -> AfterValidator:
+    """Make a check that a name is in the registry."""
+
+    def check(name: str) -> str:
+        try:
+            return registry.check(kind, name)
+        except AccordError as fault:
+            raise ValueError(str(fault)) from None
+
+    return AfterValidator(check)
+
+
+def _option(value: Any) -> Any:
+    """Let through what an option may be; a union of types would give one fault for each."""
+    if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError(
+        f"{_toml(value)} must be a finite number, true, false or a string in quotes. "
+        "Change it in the accord."
+    )
+
+
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
-TaskName = Annotated[str, AfterValidator(lambda name: registry.check("task", name))]
-ModelName = Annotated[str, AfterValidator(lambda name: registry.check("model", name))]
-StrategyName = Annotated[str, AfterValidator(lambda name: registry.check("strategy", name))]
-Options = dict[str, int | float | bool | str]
+TaskName = Annotated[str, _known("task")]
+ModelName = Annotated[str, _known("model")]
+StrategyName = Annotated[str, _known("strategy")]
+Options = dict[str, Annotated[int | float | bool | str, PlainValidator(_option)]]
 
 
 class Section(BaseModel):
@@ -63,6 +94,7 @@ class RoundsSection(Section):
     sites_per_round: int | None = Field(default=None, ge=1)
     min_sites: int = Field(default=1, ge=1)
     timeout: float = Field(default=600.0, gt=0)
+    target_accuracy: float | None = Field(default=None, gt=0, le=1)
 
 
 class TrainingSection(Section):
@@ -95,12 +127,12 @@ class PrivacySection(Section):
     @model_validator(mode="after")
     def _one_of_two(self) -> PrivacySection:
         if self.enabled and (self.target_epsilon is None) == (self.noise_multiplier is None):
-            raise AccordError(
+            raise _Fault(
                 "privacy: exactly one of target_epsilon and noise_multiplier says how much noise "
                 "there is. Keep one, remove the other."
             )
         if self.target_epsilon is not None and self.target_epsilon > self.max_epsilon:
-            raise AccordError(
+            raise _Fault(
                 f"privacy.target_epsilon = {self.target_epsilon} is above privacy.max_epsilon = "
                 f"{self.max_epsilon}, the cap of every site. Lower the one or raise the other."
             )
@@ -120,7 +152,7 @@ class FairnessSection(Section):
     @classmethod
     def _once_each(cls, names: list[str]) -> list[str]:
         if len(set(names)) != len(names):
-            raise AccordError(f"fairness.attributes = {names} names one twice. Name each once.")
+            raise _Fault(f"fairness.attributes = {_toml(names)} names one twice. Name each once.")
         return names
 
 
@@ -159,17 +191,17 @@ class Accord(Section):
         names = [site.name for site in self.sites]
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise AccordError(f'sites: "{twice}" is listed twice. List each site once.')
+            raise _Fault(f'sites: "{twice}" is listed twice. List each site once.')
         for key in ("min_sites", "sites_per_round"):
             value = getattr(self.rounds, key)
             if value is not None and value > len(names):
-                raise AccordError(
+                raise _Fault(
                     f"rounds.{key} = {value} is above {len(names)}, the number of [[sites]]. "
                     "Lower it or list more sites."
                 )
         drawn = self.rounds.sites_per_round
         if drawn is not None and drawn < self.rounds.min_sites:
-            raise AccordError(
+            raise _Fault(
                 f"rounds.sites_per_round = {drawn} is below rounds.min_sites = "
                 f"{self.rounds.min_sites}, so no round could count. Raise it."
             )
@@ -206,18 +238,23 @@ def load(where: str | Path) -> Accord:
             one line a fault, each naming parameter, value, bound and remedy.
     """
     path = Path(where)
-    if not path.is_file():
-        if str(where) not in bundled():
-            raise AccordError(
-                f'accord "{where}": no such file. Give a TOML file or the name of a bundled '
-                f"accord ({', '.join(sorted(bundled()))})."
-            )
-        path = bundled()[str(where)]
     try:
-        text = path.read_text(encoding="utf-8")
-        return parse(tomllib.loads(text), str(where))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        if not path.is_file():
+            if str(where) not in bundled():
+                raise AccordError(
+                    f'accord "{where}": no such file. Give a TOML file or the name of a bundled '
+                    f"accord ({', '.join(sorted(bundled()))})."
+                )
+            path = bundled()[str(where)]
+        return parse(tomllib.loads(path.read_text(encoding="utf-8-sig")), str(where))
+    except tomllib.TOMLDecodeError as fault:
         raise AccordError(f'accord "{where}" is not TOML: {fault}. Mend that line.') from None
+    except UnicodeDecodeError:
+        raise AccordError(f'accord "{where}" is not UTF-8 text. Save it as UTF-8.') from None
+    except OSError as fault:
+        raise AccordError(
+            f'accord "{where}" cannot be read: {fault.strerror}. Give a file that can.'
+        ) from None
 
 
 def parse(data: dict[str, Any], where: str = "accord") -> Accord:
@@ -230,18 +267,26 @@ def parse(data: dict[str, Any], where: str = "accord") -> Accord:
         return Accord.model_validate(data)
     except ValidationError as faults:
         found = faults.errors()
-        meant = {_meant(fault) for fault in found}  # a misspelt key is not missing as well
-        lines = [_sentence(fault) for fault in found if tuple(fault["loc"]) not in meant]
+        meant = {_meant(fault) for fault in found} - {()}  # misspelt is not missing as well
+        lines = [_sentence(fault, data) for fault in found if tuple(fault["loc"]) not in meant]
         raise AccordError("\n".join(f"{where}: {line}" for line in lines)) from None
-    except AccordError as fault:
-        raise AccordError(f"{where}: {fault}") from None
 
 
 _BOUNDS = {
-    "greater_than": ("must be greater than", "gt"),
-    "greater_than_equal": ("must be at least", "ge"),
-    "less_than": ("must be less than", "lt"),
-    "less_than_equal": ("must be at most", "le"),
+    "greater_than": ("must be greater than", "gt", "Raise it."),
+    "greater_than_equal": ("must be at least", "ge", "Raise it."),
+    "less_than": ("must be less than", "lt", "Lower it."),
+    "less_than_equal": ("must be at most", "le", "Lower it."),
+}
+_TYPES = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string in quotes",
+    "list_type": "a list in [ ]",
+    "dict_type": "a table",
+    "model_type": "a table",
 }
 
 
@@ -265,31 +310,55 @@ def _meant(fault: Any) -> tuple[str | int, ...]:
     return (*table, *difflib.get_close_matches(str(key), known, n=1, cutoff=0.5))
 
 
-def _sentence(fault: Any) -> str:
+def _toml(value: Any) -> str:
+    """Write a value about as TOML has it, on one line and not too long."""
+    text = json.dumps(value, ensure_ascii=False, default=str).replace("NaN", "nan")
+    text = text.replace("Infinity", "inf")
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _where(loc: tuple[str | int, ...], data: dict[str, Any]) -> str:
+    """Write the place of a fault: "rounds.timeout", "sites[va].subjects"."""
+    words, here = "", data
+    for part in loc:
+        here = here[part] if isinstance(part, int) or part in here else {}  # type: ignore[index]
+        if isinstance(part, int):
+            name = here.get("name") if isinstance(here, dict) and loc[-1] != "name" else None
+            words += f"[{name}]" if isinstance(name, str) else f"[number {part + 1}]"
+        else:
+            key = part if re.fullmatch(r"[\w-]+", part) else json.dumps(part)
+            words += f".{key}" if words else key
+    return words
+
+
+def _sentence(fault: Any, data: dict[str, Any]) -> str:
     """Say one fault of pydantic's in one line: parameter, value, bound, remedy."""
-    path = [str(part) for part in fault["loc"]]
-    names = [part for part in path if not part.isdigit()]
-    where, value, kind, context = (
-        ".".join(path),
-        fault["input"],
-        fault["type"],
-        fault.get("ctx", {}),
-    )
+    where, kind, context = _where(fault["loc"], data), fault["type"], fault.get("ctx", {})
+    given = f"{where} = {_toml(fault['input'])}"
     if kind == "extra_forbidden":
-        known = _fields(names[:-1])
-        return (
-            f'key "{where}" is not known.{registry.nearest(names[-1], known)} '
-            f"Known here: {', '.join(known)}."
-        )
+        *table, key = fault["loc"]
+        known = _fields([part for part in table if isinstance(part, str)])
+        hint = registry.nearest(str(key), known)
+        return f'key "{where}" is not known.{hint} Known here: {", ".join(known)}.'
     if kind == "missing":
-        return f'key "{where}" is missing. Add it; simulations/accords/heart.toml explains it.'
+        return f'key "{where}" is missing. Add it; the bundled accord "heart" explains it.'
+    if kind == "value_error":
+        fault_itself = context["error"]
+        return str(fault_itself) if isinstance(fault_itself, _Fault) else f"{where}: {fault_itself}"
     if kind in _BOUNDS:
-        words, key = _BOUNDS[kind]
-        return f"{where} = {value} {words} {context[key]}. Change it in the accord."
+        words, key, remedy = _BOUNDS[kind]
+        return f"{given} {words} {context[key]:.15g}. {remedy}"
+    if kind in _TYPES:
+        return f"{given} must be {_TYPES[kind]}. Change it in the accord."
     if kind == "string_pattern_mismatch":
         return (
-            f'{where} = "{value}" must be lower-case letters, digits and hyphens, at most 32, '
-            "and start with a letter. Rename it."
+            f"{given} must be lower-case letters, digits and hyphens, at most 32, and start with "
+            "a letter. Rename it."
         )
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{where} = {value!r} must be {message}. Change it in the accord."
+    if kind in ("string_too_short", "too_short"):
+        return f"{given} must not be empty. Fill it in."
+    if kind == "string_too_long":
+        length, bound = len(fault["input"]), context["max_length"]
+        return f"{given} has {length} characters, at most {bound} fit. Shorten it."
+    message = fault["msg"].removeprefix("Input should be ").replace("'", '"')
+    return f"{given} must be {message}. Change it in the accord."

@@ -7,7 +7,7 @@ from torch import nn
 from fedaccord.tasks import TaskSpec
 
 
-def cnn1d(spec: TaskSpec, channels: int = 8, kernel: int = 3, groups: int = 2) -> nn.Module:
+def cnn1d(spec: TaskSpec, channels: int = 8, kernel: int = 5, groups: int = 2) -> nn.Module:
     """Build a 1-D CNN that reads a table row as a sequence of its columns.
 
     Inputs are float32 (batch, features), outputs are logits (batch, classes). It normalises with

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedaccord.accord import Accord
-from fedaccord.errors import BudgetError, RunError
+from fedaccord.errors import RunError
 
 
 @dataclass
@@ -110,11 +110,11 @@ def admit(grid: Grid, accord: Accord, run: str) -> tuple[list[Place], dict[str, 
         run: the run's id.
 
     Returns:
-        The places in order of site, and the reason of every site that stays out.
+        The places in order of site, none if too few sites let the accord in, and the reason of
+        every site that stays out.
 
     Raises:
-        BudgetError: too few sites let the accord in; the sites' own sentences.
-        RunError: two nodes claim one site, or nobody answers.
+        RunError: two nodes claim one site.
     """
     config = RecordDict({"config": ConfigRecord({"run": run, "accord": accord.digest})})
     timeout = accord.rounds.timeout
@@ -136,7 +136,8 @@ def admit(grid: Grid, accord: Accord, run: str) -> tuple[list[Place], dict[str, 
     for site in accord.roster:
         if site not in nodes and site not in out:
             out[site] = "no answer"
-    _enough(len(nodes), accord, out)
+    if len(nodes) < accord.rounds.min_sites:
+        return [], out
     places: list[Place] = []
     replies = ask(grid, [nodes[s] for s in sorted(nodes)], "query.reserve", config, timeout)
     for site in sorted(nodes):
@@ -146,15 +147,14 @@ def admit(grid: Grid, accord: Accord, run: str) -> tuple[list[Place], dict[str, 
             continue
         entry = json.loads(said["entry"])
         places.append(Place(site, nodes[site], int(entry["rounds"]), entry))
-    _enough(len(places), accord, out)
     return places, out
 
 
-def _enough(count: int, accord: Accord, out: dict[str, str]) -> None:
-    if count >= max(1, accord.rounds.min_sites):
-        return
-    sentences = list(dict.fromkeys(out.values()))
-    raise BudgetError("\n".join(sentences))
+def refusal(out: dict[str, str]) -> str:
+    """Say in one line why a run cannot start: the first site's own words, and who else is out."""
+    (_, words), *others = sorted(out.items())
+    names = ", ".join(site for site, _ in others)
+    return f"{words} Out as well: {names}." if others else words
 
 
 def collect_ledgers(grid: Grid, places: list[Place], accord: Accord, run: str) -> dict[str, str]:

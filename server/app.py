@@ -21,7 +21,7 @@ from fedaccord.models.build import build, parameter_count
 from fedaccord.privacy import accounting
 from fedaccord.privacy.plan import PrivacyPlan, plan_for
 from fedaccord.runs import RunFolder
-from fedaccord.server import admission, checkpoint
+from fedaccord.server import admission, checkpoint, distillation
 from fedaccord.server.admission import Place
 from fedaccord.server.rounds import Coordinator, student_weights
 from fedaccord.tasks import Task, load_task
@@ -50,17 +50,17 @@ def main(grid: Grid, context: Context) -> None:
     folder = open_folder(str(context.run_config.get("run", "")), where, accord)
     model, student = initial(accord, task)
     folder.append(start_record(accord, task, model, student))
-    try:
-        places, out = admission.admit(grid, accord, folder.id)
-    except BudgetError as refusal:
-        folder.append({"id": "end", "kind": "end", "stop": "refused", "reason": str(refusal)})
+    places, out = admission.admit(grid, accord, folder.id)
+    for site, reason in sorted(out.items()):
+        folder.append({"id": f"out/{site}", "kind": "out", "site": site, "reason": reason})
+    if len(places) < accord.rounds.min_sites:
+        words = admission.refusal(out)
+        folder.append({"id": "end", "kind": "end", "stop": "refused", "reason": words})
         folder.seal()
-        raise
+        raise BudgetError(words)
     plans = {place.site: plan_for(accord, place.site) for place in places}
     for place in places:
         folder.append(plan_record(place, plans[place.site]))
-    for site, reason in sorted(out.items()):
-        folder.append({"id": f"out/{site}", "kind": "out", "site": site, "reason": reason})
     coordinator = Coordinator(
         accord=accord,
         task=task,
@@ -173,6 +173,8 @@ def finish(coordinator: Coordinator, reason: str) -> None:
     if student is not None:
         weights = student_weights(student)
         folder.write("student.safetensors", checkpoint.weights_bytes(weights))
+        inputs = len(coordinator.task.spec.features)
+        folder.write("student.onnx", distillation.to_onnx(student, inputs))
     ledgers = admission.collect_ledgers(
         coordinator.grid, coordinator.places, coordinator.accord, folder.id
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from torch import nn
@@ -69,3 +71,28 @@ def distil(
         functional.kl_div(logs, targets[rows], reduction="batchmean").backward()
         optimizer.step()
     return before, divergence()
+
+
+def to_onnx(student: nn.Module, inputs: int) -> bytes:
+    """Export the student for whoever deploys it: float32 "inputs" (batch, n) to "logits".
+
+    Args:
+        student: the compact model.
+        inputs: number of inputs n.
+
+    Returns:
+        An ONNX file's bytes, the batch size left open.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        program = torch.onnx.export(
+            student.eval(),
+            (torch.zeros(2, inputs),),
+            input_names=["inputs"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto.SerializeToString()

@@ -87,7 +87,7 @@ class Coordinator:
         """
         roster = self.accord.roster
         good = [(verdict, reply) for verdict, reply in verdicts if not verdict.reason]
-        if len(good) < max(1, self.accord.rounds.min_sites):
+        if len(good) < self.accord.rounds.min_sites:
             return []
         replies = [gates.weighted(v, reply, roster[v.site]) for v, reply in good]
         arrays, _ = self.strategy.aggregate_train(self.number, replies)
@@ -184,7 +184,7 @@ class Coordinator:
 
     def decide(self, audit: dict[str, Any] | None) -> str:
         """Step 8: go on (""), or stop and say why; either is on record."""
-        reason = self._breach(audit) or self._end()
+        reason = self._breach(audit) or self._reached(audit) or self._end()
         self.folder.append(
             {
                 "id": f"decision-{self.number}",
@@ -211,13 +211,21 @@ class Coordinator:
                 )
         return ""
 
+    def _reached(self, audit: dict[str, Any] | None) -> str:
+        """Say that the model is as accurate as the accord asked, or "" if not."""
+        target = self.accord.rounds.target_accuracy
+        mean = None if audit is None else audit["model"]["figures"]["accuracy"]["mean"]
+        if target is None or mean is None or mean < target:
+            return ""
+        return f"target reached: mean accuracy {mean:.3f} is at least {target:g}"
+
     def _end(self) -> str:
         """Say why there is no further round, or "" if there is one."""
         planned = self.accord.rounds.rounds
         if self.finished >= planned:
             return f"rounds done: {planned} of {planned}"
         able = sum(place.slots > 0 for place in self.places)
-        if able < max(1, self.accord.rounds.min_sites):
+        if able < self.accord.rounds.min_sites:
             return (
                 f"budget: {able} sites have a reserved round left, after {self.finished} of "
                 f"{planned} rounds"

@@ -6,17 +6,15 @@ from flwr.serverapp.strategy import FedAvg
 
 
 def fedavg() -> FedAvg:
-    """Build Flower's FedAvg so that it trains every site it is shown and evaluates none.
+    """Build Flower's FedAvg so that it trains every site it is shown.
 
-    The coordinator draws the sites itself, reproducibly (Flower draws unseeded), and audits by
-    counts, so Flower's sampling and its averaging of metrics are switched off. Weights are the
-    accord's declared sizes, put beside each accepted reply under "num-examples".
+    The coordinator draws the sites itself, reproducibly (Flower draws unseeded), so FedAvg is told
+    to take all of them. Weights are the accord's declared sizes, put beside each accepted reply
+    under "num-examples". Its evaluation is not used: the coordinator audits by counts.
     """
     return FedAvg(
         fraction_train=1.0,
         min_train_nodes=1,
         min_available_nodes=1,
-        fraction_evaluate=0.0,
-        min_evaluate_nodes=0,
         weighted_by_key="num-examples",
     )

@@ -1,0 +1,1 @@
+"""Commands that print every figure the README quotes; run from the repository's root."""
