@@ -37,7 +37,7 @@ from fedaccord import evidence, runs
 from fedaccord.accord import Accord
 from fedaccord.client import evaluate as evaluation
 from fedaccord.client import policy, train
-from fedaccord.errors import AccordError, BudgetError
+from fedaccord.errors import AccordError, BudgetError, LedgerError
 from fedaccord.models.build import build
 from fedaccord.privacy.ledger import Ledger
 from fedaccord.privacy.noise import OsSource, Source
@@ -77,17 +77,15 @@ class Site:
         return model
 
 
-def open_site(context: Context) -> Site:
-    """Find out which site this node is and open its folder.
+def who(accord: Accord, context: Context) -> str:
+    """Find out which site this node is.
 
-    A node is the site that `site` in its node config names, else the one whose place in the
-    roster is `partition-id` (Flower's simulation).
+    It is the site that `site` in its node config names, else the one whose place in the roster is
+    `partition-id` (Flower's simulation).
 
     Raises:
         AccordError: a node that is not in the roster.
     """
-    torch.set_num_threads(THREADS)
-    accord = accords.load(str(context.run_config["accord"]))
     names = list(accord.roster)
     place = int(context.node_config.get("partition-id", -1))
     name = str(context.node_config.get("site", names[place] if 0 <= place < len(names) else ""))
@@ -96,30 +94,51 @@ def open_site(context: Context) -> Site:
             f'site "{name}" (partition-id {place}) is not among the {len(names)} sites of accord '
             f'"{accord.name}". Start as many nodes as it has sites.'
         )
+    return name
+
+
+def open_site(accord: Accord, name: str, context: Context) -> Site:
+    """Open a site's folder, with its policy and its ledger.
+
+    Raises:
+        AccordError: a policy that is not valid.
+        LedgerError: a ledger that is damaged, altered or another site's, or a folder that cannot
+            be used.
+    """
+    torch.set_num_threads(THREADS)
     base = str(context.run_config.get("sites", ""))
     folder = (Path(base) if base else runs.home() / f"sites-of-run-{context.run_id}") / name
-    return Site(
-        name=name,
-        accord=accord,
-        task=load_task(accord.task.name, accord.task.options),
-        folder=folder,
-        policy=policy.of_site(folder, accord),
-        ledger=Ledger(folder / "ledger.sqlite", name),
-    )
+    try:
+        return Site(
+            name=name,
+            accord=accord,
+            task=load_task(accord.task.name, accord.task.options),
+            folder=folder,
+            policy=policy.of_site(folder, accord),
+            ledger=Ledger(folder / "ledger.sqlite", name),
+        )
+    except OSError as fault:
+        raise LedgerError(
+            f"site {name} cannot use its folder {folder}: {fault.strerror}. Nothing was released; "
+            "mend it or name another."
+        ) from None
 
 
 def answer(handler: Callable[[Site, Message], RecordDict]) -> Handler:
     """Turn a site's function into a Flower handler whose errors say nothing of the data.
 
     Flower sends an exception's text and traceback to the server, values and all. Here a refusal
-    travels as its sentence, which depends on accord, policy and ledger alone; any other fault
-    stays in the site's own log and travels as one fixed line.
+    travels as its sentence, which depends on accord, policy, ledger and disk alone; any other
+    fault stays in the site's own log and travels as one fixed line.
     """
 
     @functools.wraps(handler)
     def handle(message: Message, context: Context) -> Message:
+        name = ""
         try:
-            site = open_site(context)
+            accord = accords.load(str(context.run_config["accord"]))
+            name = who(accord, context)
+            site = open_site(accord, name, context)
             asked = message.content.config_records["config"]
             try:
                 if asked["accord"] != site.accord.digest:
@@ -131,8 +150,10 @@ def answer(handler: Callable[[Site, Message], RecordDict]) -> Handler:
                 content = handler(site, message)
             finally:
                 site.ledger.close()
-        except (BudgetError, AccordError) as refusal:
+        except (BudgetError, AccordError, LedgerError) as refusal:
             content = RecordDict({"config": ConfigRecord({"refused": str(refusal)})})
+            if name:
+                content.config_records["config"]["site"] = name
         except Exception:
             log.exception("message %s failed", message.metadata.message_type)
             fault = Error(
@@ -232,9 +253,9 @@ def train_and_record(
     Returns:
         The weights that may be sent, as safetensors bytes.
     """
-    site.ledger.intend(run, number)
-    records = _read(site)
     plan, training, accord = site.plan, site.accord.training, site.accord
+    site.ledger.intend(run, number, plan)
+    records = _read(site)
     if plan:
         train.train_private(model, records, plan, training, entropy)
     elif records is not None:
@@ -305,7 +326,11 @@ def ledger(site: Site, message: Message) -> RecordDict:
 
 
 def _run(message: Message) -> str:
-    return str(message.content.config_records["config"]["run"])
+    """Read the run's id; releases are stored under it, so it may not lead out of their folder."""
+    run = str(message.content.config_records["config"]["run"])
+    if run != Path(run).name or "\\" in run or not 1 <= len(run) <= 150:
+        raise AccordError(f"run {run[:150]!r} is no name of a folder. Give the run another name.")
+    return run
 
 
 def _round(message: Message) -> int:

@@ -70,6 +70,9 @@ def of_site(folder: Path, accord: Accord) -> SitePolicy:
         )
     try:
         return SitePolicy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (ValidationError, tomllib.TOMLDecodeError) as fault:
-        first = str(fault).replace("\n", " ")
-        raise AccordError(f"{path}: {first}. Mend the policy; nothing was released.") from None
+    except ValidationError as faults:
+        first = faults.errors()[0]
+        where, what = ".".join(map(str, first["loc"])), f"{first['input']!r}: {first['msg']}"
+        raise AccordError(f"{path}: {where} = {what}. Mend it; nothing was released.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise AccordError(f"{path}: {fault}. Mend it; nothing was released.") from None

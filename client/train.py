@@ -29,15 +29,23 @@ warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 
 def refuse_unsafe(model: nn.Module) -> None:
-    """Refuse layers whose gradients mix subjects or that Opacus cannot take apart.
+    """Refuse layers that mix subjects, that Opacus cannot take apart, or that keep statistics.
 
     Raises:
-        AccordError: the first such layer, by Opacus' own validator.
+        AccordError: the first such layer, by Opacus' own validator; or the first buffer, since what
+            a forward pass writes there would leave the site without noise.
     """
     faults = ModuleValidator.validate(model, strict=False)
     if faults:
         first = str(faults[0]).split("\n")[0]
         raise AccordError(f"model: {first} Choose a model without it (GroupNorm, LayerNorm).")
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in model.state_dict():
+        if name not in trained:
+            raise AccordError(
+                f"model: {name} is a buffer, which would be released without noise. Choose a model "
+                "without it, or register it with persistent=False."
+            )
 
 
 def train_private(
@@ -57,6 +65,7 @@ def train_private(
     | nobody drawn | noise alone |
     | a record that makes the model raise | that record contributes zero, the others as ever |
     | no records at all, or unreadable (None) | noise alone |
+    | subjects that cannot be told apart (no column of whole numbers) | noise alone |
 
     Args:
         model: float32 model on any device; changed in place.
@@ -69,17 +78,28 @@ def train_private(
     wrapped = GradSampleModule(model, loss_reduction="sum")
     sgd = torch.optim.SGD(model.parameters(), training.learning_rate, training.momentum)
     optimizer = SubjectOptimizer(sgd, plan)
-    none = np.zeros(0, np.int64)
-    sampler = plan.sampler(none if records is None else records.subjects)
-    for _ in range(plan.steps):
-        source = entropy()
-        rows = sampler.draw(source)
-        for start in range(0, len(rows), MICRO_BATCH):
-            assert records is not None
-            _accumulate(wrapped, optimizer, records, rows[start : start + MICRO_BATCH], device)
-        optimizer.noisy_step(source)
-    wrapped.remove_hooks()
-    wrapped.del_grad_sample()
+    sampler = _sampler(plan, records)
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(plan.steps):
+            source = entropy()
+            rows = sampler.draw(source)
+            # Dropout's masks: were they known, a subject would change its neighbours' by its place.
+            torch.default_generator.manual_seed(int(source.uniform(1)[0] * 2**53))
+            for start in range(0, len(rows), MICRO_BATCH):
+                assert records is not None
+                _accumulate(wrapped, optimizer, records, rows[start : start + MICRO_BATCH], device)
+            optimizer.noisy_step(source)
+    wrapped.cleanup()
+
+
+def _sampler(plan: PrivacyPlan, records: Records | None) -> SubjectSampler:
+    """Index the records by subject; what cannot be indexed counts as nobody."""
+    nobody = np.zeros(0, np.int64)
+    try:
+        return plan.sampler(nobody if records is None else records.subjects)
+    except Exception:
+        log.exception("the subjects of the training records cannot be indexed")
+        return plan.sampler(nobody)
 
 
 def _accumulate(
@@ -91,18 +111,35 @@ def _accumulate(
 ) -> None:
     """Add the clipped gradients of some records; a record that raises contributes zero.
 
-    A batch that raises is taken apart, so that one subject's record never removes the others.
+    A batch that raises is halved until the record that raises is alone, so that one subject's
+    record never removes the others.
     """
     try:
         inputs = torch.from_numpy(records.inputs[rows]).to(device)
         labels = torch.from_numpy(records.labels[rows]).to(device)
         functional.cross_entropy(model(inputs), labels, reduction="sum").backward()
-        optimizer.accumulate()
+        optimizer.accumulate(len(rows))
     except Exception as fault:  # any fault of the data; the site's own log has it
-        optimizer.forget()
+        _forget_pass(model, optimizer)
         log.warning("a micro-batch of %d records raised %s", len(rows), type(fault).__name__)
-        for row in rows if len(rows) > 1 else ():
-            _accumulate(model, optimizer, records, np.array([row]), device)
+        half = len(rows) // 2
+        for part in (rows[:half], rows[half:]) if half else ():
+            _accumulate(model, optimizer, records, part, device)
+
+
+def _forget_pass(model: nn.Module, optimizer: SubjectOptimizer) -> None:
+    """Take back what a pass that was cut short left on the model.
+
+    Opacus keeps activations on each layer and a count of forward passes on each parameter. Left
+    there, they make every later batch raise as well: one record would silence all others.
+    """
+    optimizer.forget()
+    for module in model.modules():
+        for mark in ("activations", "max_batch_len"):
+            vars(module).pop(mark, None)
+    for parameter in model.parameters():
+        vars(parameter)["_forward_counter"] = 0
+        vars(parameter).pop("_current_grad_sample", None)
 
 
 def train_plain(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
 import tomllib
 from functools import cached_property
 from pathlib import Path
@@ -326,8 +325,7 @@ def _where(loc: tuple[str | int, ...], data: dict[str, Any]) -> str:
             name = here.get("name") if isinstance(here, dict) and loc[-1] != "name" else None
             words += f"[{name}]" if isinstance(name, str) else f"[number {part + 1}]"
         else:
-            key = part if re.fullmatch(r"[\w-]+", part) else json.dumps(part)
-            words += f".{key}" if words else key
+            words += ("." if words else "") + json.dumps(part, ensure_ascii=False)[1:-1]
     return words
 
 

@@ -45,6 +45,8 @@ def check(kind: str, name: str) -> str:
     Raises:
         AccordError: an unknown name; the message lists the known ones.
     """
+    if name in _KINDS[kind]:  # our own need no search through the installed packages
+        return name
     names = known(kind)
     if name not in names:
         raise AccordError(
@@ -58,11 +60,17 @@ def load(kind: str, name: str) -> Any:
     """Import what a name stands for (FedAccord's own names cannot be taken over by a package).
 
     Raises:
-        AccordError: an unknown name.
+        AccordError: an unknown name, or a package whose entry point does not load.
     """
     check(kind, name)
     if name in _KINDS[kind]:
         module, attribute = _KINDS[kind][name].split(":")
         return getattr(importlib.import_module(module), attribute)
     (point, *_) = [p for p in entry_points(group=_GROUPS[kind]) if p.name == name]
-    return point.load()
+    try:
+        return point.load()
+    except Exception as fault:  # whatever the package's own import raises
+        raise AccordError(
+            f'{kind} "{name}" cannot be loaded from {point.value}: {type(fault).__name__}: '
+            f"{fault}. Mend or reinstall the package that offers it."
+        ) from fault

@@ -57,12 +57,16 @@ class RunFolder:
         """Start a run's folder with the accord as it was agreed.
 
         Raises:
-            EvidenceError: the folder already holds a run.
+            EvidenceError: the folder already holds a run, or cannot be written.
         """
         if (path / ROUNDS).exists():
             raise EvidenceError(f"run {path}: already holds a run. Name another folder.")
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / "accord.toml", accord_text)
+        try:
+            write_atomic(path / "accord.toml", accord_text)
+        except OSError as fault:
+            raise EvidenceError(
+                f"run {path}: cannot be written: {fault.strerror}. Name another folder."
+            ) from None
         return cls(path)
 
     @classmethod
@@ -70,14 +74,17 @@ class RunFolder:
         """Open a run that was written before.
 
         Raises:
-            EvidenceError: a folder that is not there or holds no run.
+            EvidenceError: a folder that is not there, holds no run, or cannot be read.
         """
         if not (path / ROUNDS).is_file() or not (path / "accord.toml").is_file():
             raise EvidenceError(
                 f"run {path}: not a run folder (no accord.toml and {ROUNDS} in it). "
                 "Give a folder that `fedaccord simulate` wrote."
             )
-        return cls(path)
+        folder = cls(path)
+        records = folder.records()
+        folder._head = str(records[-1].get("hash")) if records else _GENESIS
+        return folder
 
     def append(self, record: Record) -> None:
         """Add one record, durably; `id` and `kind` name it."""
@@ -88,16 +95,20 @@ class RunFolder:
         """Read all records, without checking them (see `faults`).
 
         Raises:
-            EvidenceError: a line that is not JSON.
+            EvidenceError: a line that is not a record.
         """
         out: list[Record] = []
-        lines = (self.path / ROUNDS).read_text(encoding="utf-8").splitlines()
+        # Lines end in "\n" alone; str.splitlines would also cut at a U+2028 in a site's own words.
+        lines = (self.path / ROUNDS).read_bytes().split(b"\n")
+        lines = lines[:-1] if lines[-1] == b"" else lines
         for number, line in enumerate(lines, start=1):
             try:
-                out.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+                canonical_json(record)  # refuses NaN, which json.loads lets through
+                out.append({**record})
+            except (ValueError, TypeError, RecursionError):
                 raise EvidenceError(
-                    f"run {self.path}: line {number} of {ROUNDS} is not JSON. Restore the file."
+                    f"run {self.path}: line {number} of {ROUNDS} is not a record. Restore the file."
                 ) from None
         return out
 
@@ -130,7 +141,10 @@ class RunFolder:
             previous = str(record.get("hash"))
         if not (self.path / MANIFEST).is_file():
             return [*found, f"{MANIFEST} is missing: the run did not come to its end"]
-        sealed = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        try:
+            sealed = dict(json.loads((self.path / MANIFEST).read_bytes())["files"])
+        except (ValueError, KeyError, TypeError):
+            return [*found, f"{MANIFEST} is not a list of files with their hashes"]
         now = self._files()
         for name in sorted({*sealed, *now}):
             if sealed.get(name) != now.get(name):

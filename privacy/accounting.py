@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, Context, Decimal
 from functools import cache
 from typing import Any
 
@@ -118,21 +119,28 @@ def calibrate(target_epsilon: float, delta: float, sampling_prob: float, steps: 
             )
         )
 
+    def fits(ticks: int) -> bool:
+        return epsilon(dp_sgd(ticks / 1e4, sampling_prob, steps), delta) <= target_epsilon
+
     # RDP is fast and never below PLD, so its answer bounds the slow search from above.
     guess = search(RdpAccountant, 1e-2, 1e5, 1e-3)
-    sigma = math.ceil(search(PLDAccountant, guess / 2, guess * 1.01, 5e-5) * 1e4) / 1e4
-    while epsilon(dp_sgd(sigma, sampling_prob, steps), delta) > target_epsilon:
-        sigma = round(sigma + 1e-4, 4)
-    return sigma
+    ticks = math.ceil(search(PLDAccountant, guess / 2, guess * 1.01, 5e-5) * 1e4)
+    while not fits(ticks):
+        ticks += 1
+    while ticks > 1 and fits(ticks - 1):
+        ticks -= 1
+    return ticks / 1e4
 
 
 def round_up(value: float, digits: int = 2) -> float:
-    """Round an epsilon up, so that no printed figure is below the true one."""
+    """Round an epsilon up, so that no printed figure is below the true one.
+
+    The arithmetic is decimal: 1.1 stays 1.1, although 1.1 * 100 is above 110 in binary.
+    """
     if math.isinf(value):
         return value
-    scale = 10**digits
-    up = math.ceil(value * scale) / scale
-    return up if up >= value else (math.ceil(value * scale) + 1) / scale
+    step = Decimal(1).scaleb(-digits)
+    return float(Decimal(repr(value)).quantize(step, ROUND_CEILING, Context(prec=400)))
 
 
 def show(value: float, digits: int = 2) -> str:

@@ -67,9 +67,17 @@ class SubjectOptimizer(DPOptimizer):  # type: ignore[misc]
     def _zeros(self) -> torch.Tensor:
         return torch.zeros(sum(p.numel() for p in self.params), dtype=torch.float64)
 
-    def accumulate(self) -> None:
-        """Add the clipped gradients of one micro-batch to the step's sum and forget them."""
-        self._total += clipped_sum(self.grad_samples, self.max_grad_norm).cpu()
+    def accumulate(self, records: int) -> None:
+        """Add the clipped gradients of one micro-batch to the step's sum and forget them.
+
+        Raises:
+            ValueError: a parameter without one gradient for each of the `records`, as where a layer
+                folds a second axis into the batch; clipping would bound parts of a record.
+        """
+        gradients = self.grad_samples
+        if any(len(gradient) != records for gradient in gradients):
+            raise ValueError("a layer does not have one gradient for each record")
+        self._total += clipped_sum(gradients, self.max_grad_norm).cpu()
         self.forget()
 
     def forget(self) -> None:

@@ -10,8 +10,9 @@ NONPRIVATE  stands for RESERVE where privacy is off: epsilon infinite from then 
 REFUSAL   a plan that did not fit
 
 After a crash the file says at least as much as was spent: an INTENT without RELEASE has used its
-slot. The chain shows an edit or a gap; that nobody rewrote the whole file is for signatures and
-outside copies of the head to show, which this file does not have yet.
+slot. The chain shows an edit or a gap, SQLite's own counter a shortened end; that nobody rewrote
+the whole file, or put an older one in its place, is for signatures and outside copies of the head
+to show, which this file does not have yet.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from fedaccord.privacy import accounting
 from fedaccord.privacy.plan import PrivacyPlan
 
 GENESIS = "0" * 64
+RESERVATIONS = ("RESERVE", "NONPRIVATE")
 Entry = dict[str, Any]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
-  seq INTEGER PRIMARY KEY, hash TEXT NOT NULL, body TEXT NOT NULL);
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, hash TEXT NOT NULL, body TEXT NOT NULL);
 CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entries
   BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entries
@@ -74,9 +76,14 @@ def check_chain(entries: list[Entry], where: str) -> None:
             )
 
 
+def _finite(value: float) -> float | str:
+    """Write the infinite as a word: JSON has no number for it."""
+    return "infinite" if math.isinf(value) else value
+
+
 def spent(entries: list[Entry], delta: float, further: accounting.Event | None = None) -> float:
     """Compose every plan that a ledger reserves, and one more, into one epsilon at a delta."""
-    events = [entry["event"] for entry in entries if entry["kind"] in ("RESERVE", "NONPRIVATE")]
+    events = [entry["event"] for entry in entries if entry["kind"] in RESERVATIONS]
     events += [further] if further else []
     return accounting.epsilon(accounting.compose(events), delta) if events else 0.0
 
@@ -95,18 +102,25 @@ class Ledger:
             LedgerError: a file that is damaged, altered, or another site's.
         """
         self.path, self.site = path, site
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=120, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+            # Read first: what another process appends meanwhile only makes the ledger longer.
+            (written,) = self._db.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()
             entries = self.entries()
-        except (sqlite3.Error, json.JSONDecodeError) as fault:
+            check_chain(entries, f"ledger {path}")
+        except (sqlite3.Error, OSError, ValueError, TypeError) as fault:
             raise LedgerError(
                 f"ledger {path}: {fault}. Nothing was released; restore the file or its disk."
             ) from None
-        check_chain(entries, f"ledger {path}")
+        if len(entries) < (written or 0):
+            raise LedgerError(
+                f"ledger {path}: entry {len(entries) + 1} of {written} was removed from its end. "
+                "Stop, and restore the ledger from a trusted copy."
+            )
         if entries and entries[0]["site"] != site:
             raise LedgerError(
                 f'ledger {path} is of site "{entries[0]["site"]}", not "{site}". Use its own.'
@@ -130,38 +144,37 @@ class Ledger:
     ) -> Entry:
         """Reserve a whole plan, or refuse it, in one exclusive transaction.
 
-        Asking again for the same run returns the reservation that is there.
+        Asking again for the same run and plan returns the reservation that is there.
 
         Args:
             run: the run's id.
             plan: the plan, or None where privacy is off.
-            rounds: rounds with spares, the number of slots.
+            rounds: rounds with spares where privacy is off; else the plan says how many slots.
             cap: the site's cap over everything that its ledger holds.
             accord: the accord's digest.
 
         Raises:
-            BudgetError: plan and past together would pass the cap; a REFUSAL is on record.
+            BudgetError: plan and past together would pass the cap, and a REFUSAL is on record; or
+                the run has reserved another plan.
         """
         event = plan.event() if plan else accounting.NON_PRIVATE
         with self._transaction() as entries:
-            for entry in entries:
-                if entry["run"] == run and entry["kind"] in ("RESERVE", "NONPRIVATE"):
-                    return entry
+            if held := self._held(entries, run, plan):
+                return held
             refusal = self._over(entries, event, cap)
             if refusal:
                 self._append("REFUSAL", run, accord=accord, reason=refusal)
             else:
-                private = plan is not None
                 entry = self._append(
-                    "RESERVE" if private else "NONPRIVATE",
+                    "RESERVE" if plan else "NONPRIVATE",
                     run,
                     accord=accord,
-                    rounds=rounds,
+                    rounds=plan.rounds if plan else rounds,
                     plan=plan.to_json() if plan else None,
                     plan_digest=plan.digest if plan else None,
                     event=event,
-                    epsilon=plan.epsilon() if plan else "infinite",
-                    cap={"epsilon": cap.epsilon if private else "infinite", "delta": cap.delta},
+                    epsilon=_finite(plan.epsilon() if plan else math.inf),
+                    cap={"epsilon": _finite(cap.epsilon), "delta": cap.delta},
                 )
         if refusal:
             raise BudgetError(refusal)
@@ -175,22 +188,25 @@ class Ledger:
         """
         event = plan.event() if plan else accounting.NON_PRIVATE
         with self._transaction() as entries:
+            if self._held(entries, run, plan):
+                return
             refusal = self._over(entries, event, cap)
             if refusal:
                 self._append("REFUSAL", run, accord=accord, reason=refusal)
         if refusal:
             raise BudgetError(refusal)
 
-    def intend(self, run: str, number: int) -> Entry:
-        """Use one slot for a round, before any record is read.
+    def intend(self, run: str, number: int, plan: PrivacyPlan | None) -> Entry:
+        """Use one slot for a round under the reserved plan, before any record is read.
 
         Raises:
-            BudgetError: no reservation, no slot left, or this round already has its slot.
+            BudgetError: no reservation, another plan than the reserved one, no slot left, or this
+                round already has its slot.
         """
         with self._transaction() as entries:
             mine = [entry for entry in entries if entry["run"] == run]
-            reserved = [entry for entry in mine if entry["kind"] in ("RESERVE", "NONPRIVATE")]
-            slots = reserved[0]["rounds"] if reserved else 0
+            held = self._held(mine, run, plan)
+            slots = held["rounds"] if held else 0
             used = [entry["round"] for entry in mine if entry["kind"] == "INTENT"]
             if number in used:
                 raise BudgetError(
@@ -229,6 +245,17 @@ class Ledger:
         """Return the whole ledger as JSON lines, each entry with its hash."""
         return "".join(canonical_json(entry) + "\n" for entry in self.entries())
 
+    def _held(self, entries: list[Entry], run: str, plan: PrivacyPlan | None) -> Entry | None:
+        """Find a run's reservation; it covers the plan that it was made for and no other."""
+        found = [e for e in entries if e["run"] == run and e["kind"] in RESERVATIONS]
+        digest = plan.digest if plan else None
+        if found and found[0]["plan_digest"] != digest:
+            raise BudgetError(
+                f"Site {self.site} has reserved plan {str(found[0]['plan_digest'])[:12]} for run "
+                f"{run}, not {str(digest)[:12]}. Start a new run for another plan."
+            )
+        return found[0] if found else None
+
     def _over(self, entries: list[Entry], event: accounting.Event, cap: Cap) -> str:
         """Say why a plan does not fit under the cap, or return ""."""
         if math.isinf(cap.epsilon) or spent(entries, cap.delta, event) <= cap.epsilon:
@@ -248,10 +275,10 @@ class Ledger:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self.entries()
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
         except sqlite3.Error as fault:
             raise LedgerError(
                 f"ledger {self.path}: {fault}. Nothing was released; free or mend the disk."

@@ -29,11 +29,16 @@ class SubjectSampler:
         Args:
             subjects: int64 (n,), whose record each row is.
             sampling_prob: probability that a subject takes part in a step, in (0, 1].
+
+        Raises:
+            ValueError: subjects that are no column of whole numbers; one row could be drawn twice.
         """
+        if subjects.ndim != 1 or not np.issubdtype(subjects.dtype, np.integer):
+            raise ValueError(f"subjects: {subjects.dtype}{list(subjects.shape)}, not int64 (n,)")
         self.sampling_prob = sampling_prob
         self._rows = np.argsort(subjects, kind="stable")
         _, self._first, self._records = np.unique(
-            np.asarray(subjects)[self._rows], return_index=True, return_counts=True
+            subjects[self._rows], return_index=True, return_counts=True
         )
 
     def draw(self, source: Source) -> Indices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedaccord.accord import Accord
-from fedaccord.errors import RunError
+from fedaccord.privacy import accounting
+from fedaccord.privacy.plan import plan_for
 
 
 @dataclass
@@ -112,9 +114,6 @@ def admit(grid: Grid, accord: Accord, run: str) -> tuple[list[Place], dict[str, 
     Returns:
         The places in order of site, none if too few sites let the accord in, and the reason of
         every site that stays out.
-
-    Raises:
-        RunError: two nodes claim one site.
     """
     config = RecordDict({"config": ConfigRecord({"run": run, "accord": accord.digest})})
     timeout = accord.rounds.timeout
@@ -122,14 +121,16 @@ def admit(grid: Grid, accord: Accord, run: str) -> tuple[list[Place], dict[str, 
         node: words(reply)
         for node, reply in ask(grid, grid.get_node_ids(), "query.join", config, timeout).items()
     }
+    claims: dict[str, list[tuple[int, str]]] = {}
+    for node, said in answers.items():
+        reason = str(said.get("refused") or said.get("reason") or "")
+        claims.setdefault(str(said.get("site", f"node {node}")), []).append((node, reason))
     nodes: dict[str, int] = {}
     out: dict[str, str] = {}
-    for node, said in answers.items():
-        site = str(said.get("site", f"node {node}"))
-        if site in nodes:
-            raise RunError(f"Two nodes say that they are site {site}. Stop one of them.")
-        reason = str(said.get("refused") or said.get("reason") or "")
-        if reason or site not in accord.roster:
+    for site, [(node, reason), *more] in claims.items():
+        if more:
+            out[site] = "more than one node says that it is this site; stop the others"
+        elif reason or site not in accord.roster:
             out[site] = reason or "not in the accord's roster"
         else:
             nodes[site] = node
@@ -142,17 +143,54 @@ def admit(grid: Grid, accord: Accord, run: str) -> tuple[list[Place], dict[str, 
     replies = ask(grid, [nodes[s] for s in sorted(nodes)], "query.reserve", config, timeout)
     for site in sorted(nodes):
         said = words(replies[nodes[site]]) if nodes[site] in replies else {"refused": "no answer"}
-        if said.get("refused"):
-            out[site] = str(said["refused"])
-            continue
-        entry = json.loads(said["entry"])
-        places.append(Place(site, nodes[site], int(entry["rounds"]), entry))
+        entry, reason = reservation(said, accord, site, run)
+        if reason:
+            out[site] = reason
+        else:
+            places.append(Place(site, nodes[site], accord.reserved_rounds, entry))
     return places, out
+
+
+def reservation(
+    said: dict[str, Any], accord: Accord, site: str, run: str
+) -> tuple[dict[str, Any], str]:
+    """Read the ledger's entry in a site's reply, and say why if it is not what was agreed.
+
+    Rounds, plan and epsilon of the report come from this entry, so a site may not choose them.
+    """
+    if said.get("refused"):
+        return {}, str(said["refused"])
+    try:
+        entry = dict(json.loads(said["entry"]))
+    except (KeyError, TypeError, ValueError):
+        return {}, "its reply to the reservation holds no entry of a ledger"
+    plan = plan_for(accord, site)
+    wanted = {
+        "kind": "RESERVE" if plan else "NONPRIVATE",
+        "site": site,
+        "run": run,
+        "accord": accord.digest,
+        "rounds": accord.reserved_rounds,
+        "plan_digest": plan.digest if plan else None,
+        "event": plan.event() if plan else accounting.NON_PRIVATE,
+    }
+    wrong = [key for key, value in wanted.items() if entry.get(key) != value]
+    said_epsilon = entry.get("epsilon")
+    if plan is None:
+        wrong += ["epsilon"] if said_epsilon != "infinite" else []
+    elif type(said_epsilon) is not float or not math.isclose(
+        said_epsilon, plan.epsilon(), rel_tol=1e-6
+    ):
+        wrong += ["epsilon"]
+    if wrong:
+        return entry, f"its reservation differs from the accord's in: {', '.join(wrong)}"
+    return entry, ""
 
 
 def refusal(out: dict[str, str]) -> str:
     """Say in one line why a run cannot start: the first site's own words, and who else is out."""
-    (_, words), *others = sorted(out.items())
+    (site, words), *others = sorted(out.items())
+    words = words if site in words else f"Site {site} is out: {words}."
     names = ", ".join(site for site, _ in others)
     return f"{words} Out as well: {names}." if others else words
 

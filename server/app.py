@@ -47,8 +47,8 @@ def main(grid: Grid, context: Context) -> None:
     accord = accords.load(where)
     task = load_task(accord.task.name, accord.task.options)
     check_against_task(accord, task)
-    folder = open_folder(str(context.run_config.get("run", "")), where, accord)
     model, student = initial(accord, task)
+    folder = open_folder(str(context.run_config.get("run", "")), where, accord)
     folder.append(start_record(accord, task, model, student))
     places, out = admission.admit(grid, accord, folder.id)
     for site, reason in sorted(out.items()):
@@ -105,12 +105,46 @@ def open_folder(run: str, where: str, accord: Accord) -> RunFolder:
 
 
 def initial(accord: Accord, task: Task) -> tuple[torch.nn.Module, torch.nn.Module | None]:
-    """Build the global model and, where the accord wants one, the student."""
-    model = build(accord.model.name, task.spec, accord.model.options, accord.seed)
-    wants = accord.distillation
+    """Build the global model and, where the accord wants one, the student.
+
+    Raises:
+        AccordError: options that a model does not have, or a model that does not fit the task.
+    """
+    agreed, wants = accord.model, accord.distillation
+    model = fitting(agreed.name, agreed.options, task, accord.seed)
     if not wants.enabled:
         return model, None
-    return model, build(wants.model, task.spec, wants.options, accord.seed)
+    return model, fitting(wants.model, wants.options, task, accord.seed)
+
+
+def fitting(name: str, options: accords.Options, task: Task, seed: int) -> torch.nn.Module:
+    """Build a model and have it answer made-up inputs, before any site uses a slot on it.
+
+    Under a plan a model that raises on every record would train on noise alone, and say nothing.
+
+    Raises:
+        AccordError: it cannot be built, cannot read the task's inputs, or gives other classes.
+    """
+    spec = task.spec
+    try:
+        model = build(name, spec, options, seed)
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(2, len(spec.features)))
+        model.train()
+    except AccordError:
+        raise
+    except Exception as fault:  # whatever the model's code raises for such options
+        first = (str(fault) or type(fault).__name__).splitlines()[0]
+        raise AccordError(
+            f'model "{name}" with options {options} does not take the {len(spec.features)} inputs '
+            f"of task {spec.name}: {first}. Change its options."
+        ) from None
+    if tuple(logits.shape) != (2, len(spec.classes)):
+        raise AccordError(
+            f'model "{name}" gives shape {list(logits.shape)} for 2 records, not '
+            f"{[2, len(spec.classes)]}. Change its options or choose another model."
+        )
+    return model
 
 
 def start_record(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors
-from safetensors import safe_open
 
 from fedaccord.errors import EvidenceError
 from fedaccord.evidence import canonical_json, sha256, write_atomic
@@ -45,7 +45,7 @@ def load(folder: Path) -> tuple[int, Weights, Weights]:
         with safe_open(path, framework="numpy") as file:
             number = int(json.loads(file.metadata()["about"])["round"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, KeyError) as fault:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as fault:
         raise EvidenceError(
             f"{path}: {fault}. No round had finished, or restore the file."
         ) from None

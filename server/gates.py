@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,11 @@ class Verdict:
     norm: float | None = None
 
 
+# No site counts more subjects than a roster can declare; sums over all sites stay exact.
+LARGEST_COUNT = 10**9
+HEADER = 1024  # bytes that the .npy format may put before an array's own
+
+
 def to_weights(arrays: ArrayRecord) -> Weights:
     """Read an ArrayRecord into numpy arrays by name."""
     return {name: array.numpy() for name, array in arrays.items()}
@@ -45,6 +50,26 @@ def norm(update: Weights, base: Weights) -> float:
     return float(np.sqrt(sum(squares)))
 
 
+def read(array: Array, like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | str:
+    """Read an array of the shape and dtype of another, or say why it cannot be one.
+
+    What its sender says of it and what its bytes say of themselves must both be right; the length
+    is looked at first, so that nobody makes the coordinator allocate more than it asked for.
+    """
+    wanted = f"{like.dtype}{list(like.shape)}"
+    if (array.dtype, tuple(array.shape)) != (str(like.dtype), like.shape):
+        return f"is {array.dtype[:32]}{list(array.shape)[:8]}, not {wanted}"
+    if len(array.data) > like.nbytes + HEADER:
+        return f"has {len(array.data)} bytes, too many for {wanted}"
+    try:
+        value = array.numpy()
+    except Exception as fault:  # numpy raises many kinds, and all mean the same here
+        return f"cannot be read ({type(fault).__name__})"
+    if not isinstance(value, np.ndarray) or (value.dtype, value.shape) != (like.dtype, like.shape):
+        return f"holds something else than the {wanted} that it says"
+    return value
+
+
 def inspect(
     reply: Message, site: str, run: str, number: int, base: Weights, max_norm: float
 ) -> Verdict:
@@ -54,7 +79,7 @@ def inspect(
     |---|---|
     | no content | error, or the site's own refusal |
     | another site, run or round than was asked | identity |
-    | names, shapes or dtypes other than the global model's | form |
+    | names, shapes or dtypes other than the global model's, or bytes that are no array | form |
     | NaN or infinity | not finite |
     | update longer than the accord's bound | norm |
 
@@ -79,19 +104,14 @@ def inspect(
     arrays = reply.content.array_records["arrays"]
     if set(arrays) != set(base):
         return Verdict(site, "form: names of the weights differ from the global model's")
-    try:
-        weights = {name: arrays[name].numpy() for name in base}
-    except (TypeError, ValueError, EOFError) as fault:
-        return Verdict(site, f"form: arrays cannot be read ({type(fault).__name__})")
-    for name, value in weights.items():
-        if value.shape != base[name].shape or value.dtype != base[name].dtype:
-            return Verdict(
-                site,
-                f"form: {name} is {value.dtype}{list(value.shape)}, not "
-                f"{base[name].dtype}{list(base[name].shape)}",
-            )
+    weights: Weights = {}
+    for name, like in base.items():
+        value = read(arrays[name], like)
+        if isinstance(value, str):
+            return Verdict(site, f"form: {name} {value}")
         if not np.isfinite(value).all():
             return Verdict(site, f"not finite: {name}")
+        weights[name] = value
     length = norm(weights, base)
     if length > max_norm:
         return Verdict(site, f"norm: update of L2 norm {length:.4g} is above {max_norm:g}")
@@ -108,6 +128,8 @@ def gate(
 ) -> list[tuple[Verdict, Message]]:
     """Inspect all replies, in order of site; a second reply of a site is dropped.
 
+    A reply of a node that was not asked is dropped too, under the name "node <id>".
+
     Args:
         replies: in any order.
         sites: the site of each node that was asked.
@@ -118,10 +140,16 @@ def gate(
     """
     out: list[tuple[Verdict, Message]] = []
     seen: set[int] = set()
-    known = [reply for reply in replies if reply.metadata.src_node_id in sites]
-    for reply in sorted(known, key=lambda r: sites[r.metadata.src_node_id]):
+
+    def named(reply: Message) -> str:
         node = reply.metadata.src_node_id
-        site = sites[node]
+        return sites.get(node, f"node {node}")
+
+    for reply in sorted(replies, key=named):
+        node, site = reply.metadata.src_node_id, named(reply)
+        if node not in sites:
+            out.append((Verdict(site, "identity: this node was not asked"), reply))
+            continue
         if node in seen:
             out.append((Verdict(site, "duplicate: the site had already replied"), reply))
             continue
@@ -143,7 +171,12 @@ def weighted(verdict: Verdict, reply: Message, weight: int) -> Message:
 
 
 def read_counts(
-    reply: Message, site: str, run: str, number: int, shapes: Mapping[str, tuple[int, ...]]
+    reply: Message,
+    site: str,
+    run: str,
+    number: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    sections: Collection[str],
 ) -> tuple[str, dict[str, dict[str, Any]]]:
     """Read the group counts of an evaluation reply, or say why they cannot be used.
 
@@ -153,6 +186,7 @@ def read_counts(
         run: the run's id.
         number: the round.
         shapes: for each attribute the shape (groups, labels, predictions) of its counts.
+        sections: the models that were sent, each of which must be counted.
 
     Returns:
         The reason or "", and for each model and attribute nested lists of counts.
@@ -166,12 +200,17 @@ def read_counts(
     if said != {"site": site, "run": run, "round": number}:
         return f"identity: asked {site} for round {number}, got {said}", {}
     out: dict[str, dict[str, Any]] = {}
-    for section, record in reply.content.metric_records.items():
+    records = reply.content.metric_records
+    if set(records) != set(sections):
+        return f"form: counts of exactly {', '.join(sorted(sections))} are expected", {}
+    for section in sections:
         for name, shape in shapes.items():
-            cells = record.get(name)
+            cells = records[section].get(name)
             if not isinstance(cells, list) or len(cells) != int(np.prod(shape)):
                 return f"form: counts of {section} by {name} are not {list(shape)}", {}
             if not all(type(cell) is int and cell >= 0 for cell in cells):
                 return f"form: counts of {section} by {name} are not whole numbers from 0 up", {}
+            if sum(cells) > LARGEST_COUNT:
+                return f"form: counts of {section} by {name} sum to more than {LARGEST_COUNT}", {}
             out.setdefault(section, {})[name] = np.reshape(cells, shape).tolist()
     return "", out

@@ -135,7 +135,7 @@ class Coordinator:
                 missing[place.site] = "no answer"
                 continue
             missing[place.site], counts = gates.read_counts(
-                replies[place.node], place.site, self.folder.id, self.number, shapes
+                replies[place.node], place.site, self.folder.id, self.number, shapes, tables.keys()
             )
             for section in tables.keys() & counts.keys():
                 tables[section][place.site] = counts[section]
@@ -157,11 +157,13 @@ class Coordinator:
         """Step 7: checkpoint atomically, then append the round to the evidence."""
         student = None if self.student is None else student_weights(self.student)
         checkpoint.save(self.folder.path, self.number, self.model, student)
-        replies = {
-            verdict.site: {"accepted": not verdict.reason, "reason": verdict.reason}
-            | ({"update_norm": verdict.norm} if verdict.norm is not None else {})
-            for verdict, _ in verdicts
-        }
+        replies: dict[str, dict[str, Any]] = {}
+        for verdict, _ in verdicts:
+            said: dict[str, Any] = {"accepted": not verdict.reason, "reason": verdict.reason}
+            said |= {"update_norm": verdict.norm} if verdict.norm is not None else {}
+            first = replies.setdefault(verdict.site, said)
+            if first is not said:  # the first reply counts; that there were more is on record
+                first["further"] = [*first.get("further", []), verdict.reason]
         for place in drawn:
             replies.setdefault(place.site, {"accepted": False, "reason": "no answer"})
         self.folder.append(

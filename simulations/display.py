@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -52,17 +53,26 @@ class Progress:
 
     def table(self) -> Table:
         """Show one row a round: accuracy of model and student, highest epsilon, parity."""
-        table = Table(title=f"{self.accord.name}: {self.accord.purpose}", title_justify="left")
-        table.add_column("round", justify="right")
-        table.add_column("sites", justify="right")
-        table.add_column("accuracy\nmodel", justify="right")
-        table.add_column("accuracy\nstudent", justify="right")
-        table.add_column("highest epsilon\nso far of reserved", justify="right")
-        name = self.accord.fairness.attributes[0]
-        table.add_column(f"parity difference by {name}\nmodel", justify="right")
-        table.add_column("\nstudent", justify="right")
+        rules, privacy = self.accord.fairness, self.accord.privacy
+        table = Table(
+            title=f"{self.accord.name}: {self.accord.purpose}",
+            caption=(
+                "accuracy: mean over sites. epsilon: highest of the sites, so far/reserved, at "
+                f"delta {privacy.delta:g}. parity diff.: demographic, by {rules.attributes[0]}"
+                f", over all sites, with its {100 * rules.confidence:g} % interval."
+            ),
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        headings = ["round", "sites", "accuracy\nmodel", "\nstudent", "epsilon"]
+        headings += ["parity diff.\nmodel", "\nstudent"]
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True)
         for record in self.rounds:
-            table.add_row(*row(record, name))
+            table.add_row(*row(record, rules.attributes[0]))
         return table
 
     def __rich__(self) -> Group:
@@ -81,7 +91,7 @@ def row(record: dict[str, Any], attribute: str) -> list[str]:
     highest = "infinite"
     if private:
         so_far = accounting.show(max(site["curve"] for site in epsilon))
-        highest = f"{so_far} of {accounting.show(max(site['reserved'] for site in epsilon))}"
+        highest = f"{so_far}/{accounting.show(max(site['reserved'] for site in epsilon))}"
     cells = [str(record["round"]), str(len(record["aggregated"]))]
     for section in ("model", "student"):
         figures = audit.get(section, {}).get("figures")
@@ -99,7 +109,8 @@ def interval(figures: dict[str, Any], attribute: str) -> str:
     figure = figures["attributes"][attribute]["all"]["demographic_parity_difference"]
     if figure["value"] is None:
         return "not assessable"
-    return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+    low, high = (f"{figure[end]:.2f}".removeprefix("0") for end in ("low", "high"))
+    return f"{figure['value']:.2f} [{low}, {high}]"
 
 
 def quiet() -> None:

@@ -6,9 +6,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Array, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid, ServerApp
@@ -21,7 +22,7 @@ Config = dict[str, bool | float | int | str]
 
 
 def isolate(content: RecordDict) -> RecordDict:
-    """Copy the containers of a message and share its immutable array bytes.
+    """Copy all of a message but the bytes of its arrays, which nobody can change.
 
     Flower's strategies put one RecordDict into all messages; a site that changed its copy would
     otherwise change everybody's.
@@ -30,9 +31,16 @@ def isolate(content: RecordDict) -> RecordDict:
     for name, record in content.items():
         copy = type(record)()
         for key, value in record.items():
-            copy[key] = list(value) if isinstance(value, list) else value  # type: ignore[assignment]
+            copy[key] = _own(value)
         out[name] = copy
     return out
+
+
+def _own(value: Any) -> Any:
+    """Copy what can be changed in place: lists, and an Array's words about its bytes."""
+    if isinstance(value, Array):
+        return Array(value.dtype, tuple(value.shape), value.stype, value.data)
+    return list(value) if isinstance(value, list) else value
 
 
 class InProcessGrid(Grid):

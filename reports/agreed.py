@@ -1,0 +1,89 @@
+"""The accord in readable rows: every key with its value, its unit and what it means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedaccord.accord import Accord
+from fedaccord.reports.reading import ACCORD
+
+Row = dict[str, Any]
+
+# key -> (unit, meaning); a table of free options is listed option by option under its key.
+MEANINGS = {
+    "name": ("", "name of the accord"),
+    "purpose": ("", "what the model is for"),
+    "seed": ("", "sets initial weights, invitations and the proxy set; never noise or sampling"),
+    "tuning": ("", "how the settings were found, and what of that the privacy figures cover"),
+    "task.name": ("", "where the records come from"),
+    "task.options": ("", "options of the task"),
+    "sites.subjects": ("subjects", "training subjects that the site declares"),
+    "model.name": ("", "the global model"),
+    "model.options": ("", "options of the global model"),
+    "rounds.rounds": ("rounds", "rounds that count"),
+    "rounds.spare_rounds": ("rounds", "reserved besides, for rounds that fail"),
+    "rounds.sites_per_round": ("sites", "drawn for a round; not set: all with a round left"),
+    "rounds.min_sites": ("sites", "fewer accepted updates, and the round does not count"),
+    "rounds.timeout": ("seconds", "that a round waits for its sites"),
+    "training.steps": ("steps", "of the optimiser in a round, at each site"),
+    "training.learning_rate": ("", "of stochastic gradient descent"),
+    "training.momentum": ("", "of stochastic gradient descent, within a round"),
+    "strategy.name": ("", "how updates become a model"),
+    "strategy.max_update_norm": ("L2 norm", "longer updates are dropped"),
+    "privacy.enabled": ("", "whether training subjects are protected by noise"),
+    "privacy.target_epsilon": ("epsilon", "asked for over all reserved rounds; sets the noise"),
+    "privacy.noise_multiplier": ("", "noise stddev of the sum / its L2 sensitivity, if given"),
+    "privacy.delta": ("probability", "of (epsilon, delta)"),
+    "privacy.max_epsilon": ("epsilon", "cap of a new simulated site over all its runs"),
+    "privacy.sampling_prob": ("probability", "that a subject takes part in a step (Poisson)"),
+    "privacy.max_grad_norm": ("L2 norm", "bound of one subject's gradient"),
+    "privacy.neighboring_relation": ("", "what one subject's difference means"),
+    "fairness.attributes": ("", "sensitive attributes that are audited"),
+    "fairness.min_group": ("subjects", "a group with fewer is not assessable"),
+    "fairness.confidence": ("probability", "of every interval, simultaneous over groups"),
+    "fairness.max_parity_difference": ("", "rule on the demographic parity difference"),
+    "fairness.stop_on_breach": ("", "whether breaking the rule ends the run"),
+    "distillation.enabled": ("", "whether a compact student is taught"),
+    "distillation.model": ("", "the student, which is what is deployed"),
+    "distillation.options": ("", "options of the student"),
+    "distillation.every": ("rounds", "between lessons"),
+    "distillation.steps": ("steps", "of the optimiser in a lesson"),
+    "distillation.batch_size": ("rows", "of the public proxy set in a step"),
+    "distillation.learning_rate": ("", "of Adam"),
+    "distillation.proxy_rows": ("rows", "drawn from the task's declared bounds"),
+}
+
+
+def rows(accord: Accord) -> list[Row]:
+    """List an accord's keys with their values, defaults written out.
+
+    Returns:
+        Rows {"key", "value", "unit", "meaning", "record"}; a list is joined by commas, and a key
+        without a value has null.
+    """
+    return [
+        {
+            "key": key,
+            "value": ", ".join(map(str, value)) if isinstance(value, list) else value,
+            "unit": MEANINGS.get(plain, ("", ""))[0],
+            "meaning": MEANINGS.get(plain, ("", ""))[1],
+            "record": ACCORD,
+        }
+        for key, plain, value in _leaves(accord.model_dump(mode="json"))
+    ]
+
+
+def _leaves(tables: dict[str, Any], path: str = "") -> list[tuple[str, str, Any]]:
+    """List (key as shown, key in MEANINGS, value) for every leaf; a site goes by its name."""
+    out: list[tuple[str, str, Any]] = []
+    for name, value in tables.items():
+        key = f"{path}.{name}" if path else name
+        if name == "sites":
+            out += [(f"sites.{s['name']}.subjects", "sites.subjects", s["subjects"]) for s in value]
+        elif name == "options":
+            out += [(f"{key}.{option}", key, value[option]) for option in value]
+        elif isinstance(value, dict):
+            out += _leaves(value, key)
+        else:
+            out.append((key, key, value))
+    return out

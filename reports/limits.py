@@ -1,0 +1,131 @@
+"""What left the sites and what covers it; and what is not protected, in plain lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedaccord.reports.reading import RESERVATIONS, Evidence
+
+Row = dict[str, Any]
+
+NOT_COVERED = "not covered"
+
+# ledger kind -> (name, what is in it)
+KINDS = {
+    "RELEASE": ("weights", "the model after the site's training in a round"),
+    "COUNTS": (
+        "group counts",
+        "evaluation subjects by group, label and prediction, for each model, after a round",
+    ),
+}
+ABOUT_LEDGER = (
+    "the whole ledger, for this evidence: plans, rounds, hashes and times of this and of all "
+    "earlier runs at the site; no record, no count"
+)
+ABOUT_ANSWER = "that the site joins, and what it reserves: from accord, policy and ledger alone"
+NO_RECORDS = "nothing in it is computed from records; the times in it are not covered"
+
+
+def releases(evidence: Evidence) -> list[Row]:
+    """List every kind of thing that left a site in this run, and what covers it.
+
+    Returns:
+        Rows {"what", "detail", "covered", "sites": [{"site", "count", "size", "unit", "record"}]}.
+    """
+    found: dict[tuple[str, str], Row] = {}
+    for site, entries in evidence.ledgers.items():
+        mine = [entry for entry in entries if entry["run"] == evidence.run]
+        for kind, (name, detail) in KINDS.items():
+            for covers in sorted({e["covers"] for e in mine if e["kind"] == kind}):
+                same = [e for e in mine if e["kind"] == kind and e["covers"] == covers]
+                row = found.setdefault((kind, covers), _kind(name, detail, covers))
+                unit = "bytes" if kind == "RELEASE" else "cells"
+                size = sum(int(entry[unit]) for entry in same)
+                row["sites"].append(_sent(site, len(same), size, unit, f"ledger/{site}"))
+        if any(entry["kind"] in RESERVATIONS for entry in mine):
+            row = found.setdefault(("", "answer"), _kind("answers", ABOUT_ANSWER, NO_RECORDS))
+            row["sites"].append(_sent(site, 2, None, "", f"plan/{site}"))
+        row = found.setdefault(("", "ledger"), _kind("ledger", ABOUT_LEDGER, NO_RECORDS))
+        size = (evidence.path / "ledgers" / f"{site}.jsonl").stat().st_size
+        row["sites"].append(_sent(site, 1, size, "bytes", f"ledger/{site}"))
+    order = {name: place for place, (name, _) in enumerate(KINDS.values())}
+    return sorted(found.values(), key=lambda row: order.get(row["what"], len(order)))
+
+
+def _kind(what: str, detail: str, covered: str) -> Row:
+    return {"what": what, "detail": detail, "covered": covered, "sites": []}
+
+
+def _sent(site: str, count: int, size: int | None, unit: str, record: str) -> Row:
+    return {"site": site, "count": count, "size": size, "unit": unit, "record": record}
+
+
+def not_protected(evidence: Evidence, sent: list[Row]) -> list[str]:
+    """Say what the run does not protect or cannot show, the gravest first.
+
+    Args:
+        evidence: the run's evidence.
+        sent: what `releases` returned.
+    """
+    private = evidence.accord.privacy.enabled
+    end = evidence.end
+    if end and end.get("stop") == "refused":
+        return ["Nothing was read or released, so there is nothing to protect in this run."]
+    covers = {row["covered"] for row in sent if row["what"] == "group counts"}
+    exact = not sent or NOT_COVERED in covers
+    engine = str(evidence.start.get("engine", ""))
+    return [
+        *([] if private else [_NO_NOISE]),
+        *([_COUNTS] if exact else []),
+        _DECISIONS,
+        f"Tuning of the settings, in the accord's own words: {evidence.accord.tuning}.",
+        *(_PRIVATE if private else []),
+        *_ALWAYS,
+        *([_SMALL] if exact else []),
+        _ENGINES.get(engine, _ENGINES[""]),
+    ]
+
+
+_NO_NOISE = (
+    "Training subjects: privacy was switched off. What each site sent in each round was computed "
+    "from its records without any noise, and may reveal them."
+)
+_COUNTS = (
+    "Evaluation subjects: after each round every site sent exact counts of them by group, label "
+    "and prediction. No noise was added; no epsilon covers them."
+)
+_SMALL = (
+    "This report and the evidence hold those exact counts, also of groups of one or two people. "
+    "Hand them only to those who may see such counts."
+)
+_DECISIONS = (
+    "Decisions read from those counts (to stop, to go on, to pick this run or this model among "
+    "several) rest on evaluation subjects without protection, and flatter the figures shown here."
+)
+_PRIVATE = [
+    "The coordinator sees each site's noised weights one by one. The stated epsilon holds against "
+    "it; there is no secure aggregation on top.",
+    "A person with records at two sites is protected at each of them separately; the losses at "
+    "the two add up.",
+    "Epsilon bounds what is learned from one person's taking part. What the model says of people "
+    "in general, and so of a person whose findings are known, is its purpose and is not hidden.",
+    "Floating-point arithmetic: noise is drawn in 64 bits, with a slack for 32-bit gradients and "
+    "rounding to a public grid. These measures make known attacks harder; they are no proof.",
+]
+_ALWAYS = [
+    "That a site ran the mechanism it declared rests on the site's software and on who runs it. "
+    "Each release names the build by its hash; the hash does not prove what ran.",
+    "Nothing here is signed yet. The chain of hashes shows an edit, but not that somebody rewrote "
+    "the whole folder: keep the last hash elsewhere.",
+    "Timing: when a site answers, how long it takes and that it falls silent are not covered.",
+    "A site that sends wrong weights or wrong counts on purpose: only their form and the length of "
+    "an update are checked.",
+    "Intervals cover chance in who was evaluated. They do not cover wrong labels, other hospitals, "
+    "or that the same subjects were looked at after every round.",
+]
+_ENGINES = {
+    "": "If the sites were simulated, they shared one machine and its operator could read all "
+    "records.",
+    "in-process": "The sites were simulated in one process on one machine: its operator could read "
+    "all records.",
+}

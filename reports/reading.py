@@ -1,0 +1,111 @@
+"""Reading a run's evidence: its records by kind, its ledgers, and the id of each record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedaccord import accord as accords
+from fedaccord.accord import Accord
+from fedaccord.errors import EvidenceError
+from fedaccord.runs import Record, RunFolder
+
+ACCORD = "accord.toml"
+RESERVATIONS = ("RESERVE", "NONPRIVATE")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a run left, as it stands in the files; nothing in it is checked.
+
+    A figure of the report names the record that it came from:
+
+    | id | record |
+    |---|---|
+    | `start`, `plan/va`, `out/va`, `round-7`, `decision-7`, `end` | a line of rounds.jsonl |
+    | `ledger/va/3` | the third entry of ledgers/va.jsonl |
+    | `ledger/va` | that whole file |
+    | `accord.toml` | the accord |
+    """
+
+    path: Path
+    accord: Accord
+    records: list[Record]
+    ledgers: dict[str, list[Record]]
+
+    def kind(self, kind: str) -> list[Record]:
+        """List the records of a kind, in order."""
+        return [record for record in self.records if record.get("kind") == kind]
+
+    @property
+    def start(self) -> Record:
+        """The first record: what was run, by which code.
+
+        Raises:
+            EvidenceError: there is none.
+        """
+        found = self.kind("start")
+        if not found:
+            raise EvidenceError(f"run {self.path}: no start record. Restore rounds.jsonl.")
+        return found[0]
+
+    @property
+    def end(self) -> Record | None:
+        """The last record of a run that came to its end."""
+        return next(iter(self.kind("end")), None)
+
+    @property
+    def run(self) -> str:
+        """The id under which the sites' ledgers know the run (a moved folder keeps it)."""
+        said = [self.start.get("run"), *(plan["entry"]["run"] for plan in self.kind("plan"))]
+        return next((str(run) for run in said if run), self.path.resolve().name)
+
+    @property
+    def ids(self) -> set[str]:
+        """Every id that a figure of the report may name."""
+        entries = {
+            f"ledger/{site}/{entry['seq']}" for site, book in self.ledgers.items() for entry in book
+        }
+        whole = {f"ledger/{site}" for site in self.ledgers}
+        return {ACCORD, *(str(record["id"]) for record in self.records)} | whole | entries
+
+
+def json_lines(path: Path) -> list[Record]:
+    """Read a file of one JSON object a line.
+
+    Raises:
+        EvidenceError: a line that is not a JSON object.
+    """
+    out = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            value = None
+        if not isinstance(value, dict):
+            raise EvidenceError(f"{path}: line {number} is not a JSON object. Restore the file.")
+        out.append(value)
+    return out
+
+
+def read(run: Path) -> Evidence:
+    """Read a run's folder.
+
+    Raises:
+        EvidenceError: not a run's folder, or a file in it that cannot be read.
+        AccordError: an accord.toml that does not hold together.
+    """
+    folder = RunFolder.open(run)
+    return Evidence(
+        path=run,
+        accord=accords.load(run / ACCORD),
+        records=folder.records(),
+        ledgers={path.stem: json_lines(path) for path in sorted(run.glob("ledgers/*.jsonl"))},
+    )
+
+
+def text(value: Any) -> str:
+    """Return a value of a record as text, "" where there is none."""
+    return "" if value is None else str(value)

@@ -1,0 +1,43 @@
+"""The report of a run: report.json with every figure, and report.html for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedaccord.evidence import write_atomic
+from fedaccord.reports.facts import facts
+from fedaccord.reports.figures import draw
+from fedaccord.reports.page import render
+
+__all__ = ["facts", "to_json", "write_report"]
+
+JSON, HTML = "report.json", "report.html"
+
+
+def to_json(content: dict[str, Any]) -> str:
+    """Serialise a report's content; equal contents give equal text."""
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_report(run: Path) -> Path:
+    """Write report.json and report.html into a run's folder, from its evidence alone.
+
+    A run that was refused or did not come to its end has a report as well, which says so.
+
+    Args:
+        run: the run's folder.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        EvidenceError: not a run's folder, or a file in it that cannot be read.
+        AccordError: an accord.toml that does not hold together.
+    """
+    content = facts(run)
+    page = render(content, draw(content))
+    write_atomic(run / JSON, to_json(content))
+    write_atomic(run / HTML, page)
+    return run / HTML
