@@ -59,6 +59,8 @@ def train_private(
 
     The weights that result are (epsilon, delta)-DP per subject, at the cost of one round of the
     plan's event. Number of steps, message size and shape do not depend on the records; timing does.
+    Forward and backward passes run in float64: in float32 a record's gradient depends on its place
+    in the batch, and weights chosen for it let one subject change all the others' (see ROUNDING).
 
     | data | a step |
     |---|---|
@@ -68,14 +70,14 @@ def train_private(
     | subjects that cannot be told apart (no column of whole numbers) | noise alone |
 
     Args:
-        model: float32 model on any device; changed in place.
+        model: float32 model on any device with float64; changed in place.
         records: the site's training records, or None.
         plan: the site's reserved plan.
         training: steps, learning rate, momentum.
         entropy: makes a fresh source of randomness for every step.
     """
-    device = next(model.parameters()).device
-    wrapped = GradSampleModule(model, loss_reduction="sum")
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    wrapped = GradSampleModule(model.double(), loss_reduction="sum")
     sgd = torch.optim.SGD(model.parameters(), training.learning_rate, training.momentum)
     optimizer = SubjectOptimizer(sgd, plan)
     sampler = _sampler(plan, records)
@@ -90,6 +92,7 @@ def train_private(
                 _accumulate(wrapped, optimizer, records, rows[start : start + MICRO_BATCH], device)
             optimizer.noisy_step(source)
     wrapped.cleanup()
+    model.to(dtype)
 
 
 def _sampler(plan: PrivacyPlan, records: Records | None) -> SubjectSampler:
@@ -115,7 +118,7 @@ def _accumulate(
     record never removes the others.
     """
     try:
-        inputs = torch.from_numpy(records.inputs[rows]).to(device)
+        inputs = torch.from_numpy(records.inputs[rows]).to(device, torch.float64)
         labels = torch.from_numpy(records.labels[rows]).to(device)
         functional.cross_entropy(model(inputs), labels, reduction="sum").backward()
         optimizer.accumulate(len(rows))

@@ -25,6 +25,7 @@ MEANINGS = {
     "rounds.sites_per_round": ("sites", "drawn for a round; not set: all with a round left"),
     "rounds.min_sites": ("sites", "fewer accepted updates, and the round does not count"),
     "rounds.timeout": ("seconds", "that a round waits for its sites"),
+    "rounds.target_accuracy": ("", "mean accuracy of the model at which the run ends"),
     "training.steps": ("steps", "of the optimiser in a round, at each site"),
     "training.learning_rate": ("", "of stochastic gradient descent"),
     "training.momentum": ("", "of stochastic gradient descent, within a round"),

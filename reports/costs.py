@@ -5,18 +5,32 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fedaccord.privacy import accounting, ledger
+from fedaccord.privacy import accounting
 from fedaccord.reports.reading import RESERVATIONS, Evidence, text
 
 Row = dict[str, Any]
 
 INFINITE = "infinite"
+# Beyond this RDP epsilon the exact one takes gigabytes, and no plan that protects is near it.
+LARGEST = 300.0
 FALSE_ALARM = 0.01  # at which the report says what a membership test can find
 
 
-def finite(value: float) -> float | str:
-    """Return an epsilon as JSON can hold it: infinity becomes the word."""
-    return INFINITE if math.isinf(value) else value
+def cost(event: accounting.Event, delta: float, **how: str) -> float | str:
+    """Recompute the epsilon of an event that a site wrote, or "infinite".
+
+    Raises:
+        ValueError: an event that FedAccord does not write, or too large to recompute.
+    """
+    try:
+        bound = accounting.epsilon(event, delta, accountant="RDP")
+        if math.isinf(bound):
+            return INFINITE
+        if bound > LARGEST:
+            raise ValueError(f"its epsilon is about {bound:.3g}, too large to recompute")
+        return accounting.epsilon(event, delta, **how)
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as fault:
+        raise ValueError(f"{type(fault).__name__}: {fault}") from None
 
 
 def costs(evidence: Evidence) -> Row:
@@ -110,23 +124,19 @@ def _site(evidence: Evidence, record: Row) -> Row:
 def _ledger(evidence: Evidence, site: str, cap: Row) -> Row:
     """Add up everything that a site's ledger reserves, this run's plan and all others."""
     entries = evidence.ledgers.get(site)
+    row = {"epsilon": None, "reservations": None, "missing": None, "record": f"ledger/{site}"}
+    row |= {"cap": cap["epsilon"], "delta": cap["delta"]}
     if entries is None:
-        return {
-            "epsilon": None,
-            "reservations": None,
-            "cap": cap["epsilon"],
-            "delta": cap["delta"],
-            "missing": "the site's ledger was not handed over to the run",
-            "record": f"plan/{site}",
-        }
-    return {
-        "epsilon": finite(accounting.round_up(ledger.spent(entries, cap["delta"]), 6)),
-        "reservations": sum(entry["kind"] in RESERVATIONS for entry in entries),
-        "cap": cap["epsilon"],
-        "delta": cap["delta"],
-        "missing": None,
-        "record": f"ledger/{site}",
-    }
+        words = evidence.damaged.get(site, "the site's ledger was not handed over to the run")
+        return row | {"missing": words, "record": f"plan/{site}"}
+    events = [entry["event"] for entry in entries if entry["kind"] in RESERVATIONS]
+    try:
+        total = cost(accounting.compose(events), cap["delta"])
+    except ValueError as fault:
+        return row | {"missing": f"the ledger cannot be added up: {fault}"}
+    if not isinstance(total, str):
+        total = accounting.round_up(total, 6)
+    return row | {"epsilon": total, "reservations": len(events)}
 
 
 def _round(record: Row) -> Row:

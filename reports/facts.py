@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fedaccord.runs import MANIFEST, RunFolder
 Row = dict[str, Any]
 
 FORMAT = "fedaccord-report-1"
+JSON, HTML = "report.json", "report.html"
 MODELS = ("model", "student")
 DISPARITIES = (
     "demographic_parity_difference",
@@ -49,6 +51,11 @@ def facts(run: Path) -> Row:
         "not_protected": limits.not_protected(evidence, sent),
         "incidents": _incidents(evidence),
     }
+
+
+def to_json(content: Row) -> str:
+    """Serialise a report's content; equal contents give equal text."""
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _stamps(evidence: Evidence) -> list[str]:
@@ -221,10 +228,10 @@ def _incidents(evidence: Evidence) -> Row:
             for record in evidence.kind("out")
         ],
         "dropped": [
-            {"round": r["round"], "site": site, "reason": said["reason"], "record": r["id"]}
+            {"round": r["round"], "site": site, "reason": reason, "record": r["id"]}
             for r in rounds
             for site, said in sorted(r["replies"].items())
-            if not said["accepted"]
+            for reason in ([] if said["accepted"] else [said["reason"]]) + said.get("further", [])
         ],
         "failed": [
             {"round": r["round"], "accepted": _accepted(r), "record": r["id"]}

@@ -70,7 +70,7 @@ def not_protected(evidence: Evidence, sent: list[Row]) -> list[str]:
     private = evidence.accord.privacy.enabled
     end = evidence.end
     if end and end.get("stop") == "refused":
-        return ["Nothing was read or released, so there is nothing to protect in this run."]
+        return [_REFUSED]
     covers = {row["covered"] for row in sent if row["what"] == "group counts"}
     exact = not sent or NOT_COVERED in covers
     engine = str(evidence.start.get("engine", ""))
@@ -86,6 +86,10 @@ def not_protected(evidence: Evidence, sent: list[Row]) -> list[str]:
     ]
 
 
+_REFUSED = (
+    "Nothing was read or released, so nothing in this run needs protection. A site that had "
+    "already reserved its plan keeps that reservation in its ledger."
+)
 _NO_NOISE = (
     "Training subjects: privacy was switched off. What each site sent in each round was computed "
     "from its records without any noise, and may reveal them."
@@ -109,8 +113,8 @@ _PRIVATE = [
     "the two add up.",
     "Epsilon bounds what is learned from one person's taking part. What the model says of people "
     "in general, and so of a person whose findings are known, is its purpose and is not hidden.",
-    "Floating-point arithmetic: noise is drawn in 64 bits, with a slack for 32-bit gradients and "
-    "rounding to a public grid. These measures make known attacks harder; they are no proof.",
+    "Floating-point arithmetic: noise is drawn in 64 bits, with a slack for rounding in gradients, "
+    "and the result is rounded to a public grid. Known attacks get harder; this is no proof.",
 ]
 _ALWAYS = [
     "That a site ran the mechanism it declared rests on the site's software and on who runs it. "

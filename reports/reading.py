@@ -9,16 +9,21 @@ from typing import Any
 
 from fedaccord import accord as accords
 from fedaccord.accord import Accord
-from fedaccord.errors import EvidenceError
+from fedaccord.errors import EvidenceError, LedgerError
+from fedaccord.privacy.ledger import RESERVATIONS, check_chain
 from fedaccord.runs import Record, RunFolder
 
+__all__ = ["ACCORD", "RESERVATIONS", "Evidence", "read", "read_ledger", "text"]
+
 ACCORD = "accord.toml"
-RESERVATIONS = ("RESERVE", "NONPRIVATE")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a run left, as it stands in the files; nothing in it is checked.
+    """What a run left, as it stands in the files; only `verify` checks it.
+
+    A ledger is a site's own text. One that cannot be used is in `damaged` with the reason, so that
+    no site can keep a report from being written.
 
     A figure of the report names the record that it came from:
 
@@ -34,6 +39,7 @@ class Evidence:
     accord: Accord
     records: list[Record]
     ledgers: dict[str, list[Record]]
+    damaged: dict[str, str]
 
     def kind(self, kind: str) -> list[Record]:
         """List the records of a kind, in order."""
@@ -72,21 +78,32 @@ class Evidence:
         return {ACCORD, *(str(record["id"]) for record in self.records)} | whole | entries
 
 
-def json_lines(path: Path) -> list[Record]:
-    """Read a file of one JSON object a line.
+NEEDED: dict[str, dict[str, type]] = {
+    "RESERVE": {"event": dict, "plan": dict, "epsilon": float},
+    "NONPRIVATE": {"event": dict},
+    "RELEASE": {"covers": str, "bytes": int},
+    "COUNTS": {"covers": str, "cells": int},
+}
+
+
+def read_ledger(path: Path) -> list[Record]:
+    """Read a ledger that a site handed over.
 
     Raises:
-        EvidenceError: a line that is not a JSON object.
+        LedgerError: a line that is no entry, or a chain that is broken.
     """
-    out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    out: list[Record] = []
+    for number, line in enumerate(path.read_bytes().rstrip(b"\n").split(b"\n"), start=1):
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            value = None
-        if not isinstance(value, dict):
-            raise EvidenceError(f"{path}: line {number} is not a JSON object. Restore the file.")
-        out.append(value)
+            entry = json.loads(line)
+            wanted = {"kind": str, "run": str, "seq": int} | NEEDED.get(entry["kind"], {})
+            good = all(type(entry[key]) is kind for key, kind in wanted.items())
+        except (ValueError, TypeError, KeyError, RecursionError):
+            good = False
+        if not good:
+            raise LedgerError(f"line {number} of ledgers/{path.name} is no entry of a ledger")
+        out.append(entry)
+    check_chain(out, f"ledgers/{path.name}")
     return out
 
 
@@ -98,11 +115,18 @@ def read(run: Path) -> Evidence:
         AccordError: an accord.toml that does not hold together.
     """
     folder = RunFolder.open(run)
+    ledgers, damaged = {}, {}
+    for path in sorted(run.glob("ledgers/*.jsonl")):
+        try:
+            ledgers[path.stem] = read_ledger(path)
+        except (LedgerError, ValueError) as fault:
+            damaged[path.stem] = str(fault)
     return Evidence(
         path=run,
         accord=accords.load(run / ACCORD),
         records=folder.records(),
-        ledgers={path.stem: json_lines(path) for path in sorted(run.glob("ledgers/*.jsonl"))},
+        ledgers=ledgers,
+        damaged=damaged,
     )
 
 

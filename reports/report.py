@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from fedaccord.evidence import write_atomic
-from fedaccord.reports.facts import facts
+from fedaccord.reports.facts import HTML, JSON, facts, to_json
 from fedaccord.reports.figures import draw
 from fedaccord.reports.page import render
 
-__all__ = ["facts", "to_json", "write_report"]
-
-JSON, HTML = "report.json", "report.html"
-
-
-def to_json(content: dict[str, Any]) -> str:
-    """Serialise a report's content; equal contents give equal text."""
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+__all__ = ["facts", "write_report"]
 
 
 def write_report(run: Path) -> Path:

@@ -16,6 +16,7 @@ from flwr.supercore.run import Run
 from fedaccord.accord import Accord
 from fedaccord.privacy import accounting
 from fedaccord.privacy.plan import plan_for
+from fedaccord.server.gates import told
 
 
 @dataclass
@@ -123,8 +124,8 @@ def admit(grid: Grid, accord: Accord, run: str) -> tuple[list[Place], dict[str, 
     }
     claims: dict[str, list[tuple[int, str]]] = {}
     for node, said in answers.items():
-        reason = str(said.get("refused") or said.get("reason") or "")
-        claims.setdefault(str(said.get("site", f"node {node}")), []).append((node, reason))
+        reason = told(said.get("refused") or said.get("reason") or "")
+        claims.setdefault(told(said.get("site", f"node {node}")), []).append((node, reason))
     nodes: dict[str, int] = {}
     out: dict[str, str] = {}
     for site, [(node, reason), *more] in claims.items():
@@ -159,7 +160,7 @@ def reservation(
     Rounds, plan and epsilon of the report come from this entry, so a site may not choose them.
     """
     if said.get("refused"):
-        return {}, str(said["refused"])
+        return {}, told(said["refused"])
     try:
         entry = dict(json.loads(said["entry"]))
     except (KeyError, TypeError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors
 
@@ -16,7 +17,9 @@ LATEST = "checkpoints/latest.safetensors"
 
 def weights_bytes(weights: Weights, **about: str) -> bytes:
     """Serialise weights as safetensors; equal weights and words give equal bytes."""
-    return safetensors.save(dict(sorted(weights.items())), metadata=about or None)
+    # safetensors writes an array as it lies in memory, which for a transposed one is wrong.
+    rows = {name: np.asarray(weights[name], order="C") for name in sorted(weights)}
+    return safetensors.save(rows, metadata=about or None)
 
 
 def weights_digest(weights: Weights) -> str:

@@ -44,6 +44,11 @@ def to_arrays(weights: Weights) -> ArrayRecord:
     return ArrayRecord({name: Array(np.asarray(value)) for name, value in weights.items()})
 
 
+def told(words: object) -> str:
+    """Repeat what a site said, on one line and not without end."""
+    return " ".join(str(words).split())[:500]
+
+
 def norm(update: Weights, base: Weights) -> float:
     """L2 norm over all weights of what a site changed, in float64."""
     squares = (np.sum((update[k].astype(np.float64) - base[k]) ** 2) for k in sorted(base))
@@ -92,13 +97,13 @@ def inspect(
         max_norm: L2 bound of an update.
     """
     if reply.has_error():
-        return Verdict(site, f"error: {reply.error.reason}")
+        return Verdict(site, f"error: {told(reply.error.reason)}")
     config = dict(reply.content.config_records.get("config", {}))
     if config.get("refused"):
-        return Verdict(site, f"refused: {config['refused']!s}")
+        return Verdict(site, f"refused: {told(config['refused'])}")
     said = {key: config.get(key) for key in ("site", "run", "round")}
     if said != {"site": site, "run": run, "round": number}:
-        return Verdict(site, f"identity: asked {site} for round {number}, got {said}")
+        return Verdict(site, f"identity: asked {site} for round {number}, got {told(said)}")
     if set(reply.content.array_records) != {"arrays"}:
         return Verdict(site, "form: exactly one record of arrays is expected")
     arrays = reply.content.array_records["arrays"]
@@ -192,13 +197,13 @@ def read_counts(
         The reason or "", and for each model and attribute nested lists of counts.
     """
     if reply.has_error():
-        return f"error: {reply.error.reason}", {}
+        return f"error: {told(reply.error.reason)}", {}
     config = dict(reply.content.config_records.get("config", {}))
     if config.get("refused"):
-        return f"refused: {config['refused']!s}", {}
+        return f"refused: {told(config['refused'])}", {}
     said = {key: config.get(key) for key in ("site", "run", "round")}
     if said != {"site": site, "run": run, "round": number}:
-        return f"identity: asked {site} for round {number}, got {said}", {}
+        return f"identity: asked {site} for round {number}, got {told(said)}", {}
     out: dict[str, dict[str, Any]] = {}
     records = reply.content.metric_records
     if set(records) != set(sections):

@@ -1,0 +1,142 @@
+"""The order of a run's records, and what each has to say of those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fedaccord.accord import Accord
+from fedaccord.privacy.plan import plan_for
+from fedaccord.reports.checks import Check
+from fedaccord.reports.recompute import check_epsilon
+from fedaccord.runs import Record
+
+ORDER = {"start": 0, "plan": 1, "out": 1, "round": 2, "decision": 2, "end": 3}
+
+
+def check_order(check: Check, records: list[Record], roster: Iterable[str], closed: bool) -> None:
+    """Check that no record is missing, doubled or out of place.
+
+    Args:
+        check: gets the faults.
+        records: the run's records, as they stand.
+        roster: the accord's sites.
+        closed: whether the run has a manifest, which is written after the end record.
+    """
+    ids = [str(record["id"]) for record in records]
+    for name in sorted({name for name in ids if ids.count(name) > 1}):
+        check.holds(False, f"rounds.jsonl: {name} stands there more than once")
+    check.holds(ids[:1] == ["start"], "rounds.jsonl: the first record is not start")
+    places = [ORDER.get(record["kind"], -1) for record in records]
+    check.holds(places == sorted(places), "rounds.jsonl: the records are out of order")
+    end = next((record for record in records if record["kind"] == "end"), None)
+    check.holds(end is not None or not closed, "rounds.jsonl: the run was closed, but has no end")
+    known = {str(record["site"]) for record in records if record["kind"] in ("plan", "out")}
+    if len(records) > 1:
+        for site in roster:
+            missing = f"rounds.jsonl: site {site} has neither a plan nor a reason to be out"
+            check.holds(site in known, missing)
+    _check_played(check, [r for r in records if r["kind"] in ("round", "decision")], end is None)
+    decisions = [record for record in records if record["kind"] == "decision"]
+    stops = bool(decisions) and bool(decisions[-1]["stop"])
+    if end is None and stops:
+        words = f"rounds.jsonl: {decisions[-1]['id']} stops the run, but there is no end"
+        check.holds(False, words)
+    if end is not None and end["stop"] != "refused":
+        check.holds(stops, "rounds.jsonl: end: no decision to stop before it")
+        reason = decisions[-1]["reason"] if decisions else None
+        check.equal("rounds.jsonl: end: reason", end["reason"], reason, "the last decision says")
+
+
+def _check_played(check: Check, played: list[Record], going_on: bool) -> None:
+    """Check that every round stands there with its decision, in order."""
+    count = min(max([record["round"] for record in played], default=0), len(played) + 1)
+    expected = [f"{kind}-{k + 1}" for k in range(count) for kind in ("round", "decision")]
+    if going_on and played and played[-1]["kind"] == "round":
+        expected = expected[:-1]
+    ids = [str(record["id"]) for record in played]
+    gone = [name for name in expected if name not in ids]
+    for name in gone:
+        check.holds(False, f"rounds.jsonl: {name} is missing")
+    for said, right in zip(ids, expected, strict=False):
+        words = f"rounds.jsonl: {said} stands where {right} should"
+        if not gone and not check.holds(said == right, words):
+            break
+    for record in played:
+        right = f"{record['kind']}-{record['round']}"
+        check.equal(f"rounds.jsonl: {record['id']}: id", record["id"], right)
+
+
+def check_rounds(check: Check, records: list[Record], accord: Accord) -> None:
+    """Check what one round's record says against the accord and the rounds before it."""
+    plans = {r["site"]: r["entry"] for r in records if r["kind"] == "plan"}
+    start = records[0]
+    used, model, finished = dict.fromkeys(plans, 0), start["model"]["weights"], 0
+    for record in (r for r in records if r["kind"] == "round"):
+        where = f"rounds.jsonl: {record['id']}: "
+        for site in record["invited"]:
+            if check.holds(site in plans, f"{where}invited {site}, which has no plan"):
+                used[site] += 1
+        check.equal(f"{where}replies", sorted(record["replies"]), sorted(record["invited"]))
+        accepted = sorted(s for s, said in record["replies"].items() if said["accepted"])
+        count = bool(record["aggregated"])
+        if count:
+            check.equal(f"{where}aggregated", record["aggregated"], accepted, "the replies give")
+        weights = {site: accord.roster.get(site) for site in record["aggregated"]}
+        check.equal(f"{where}weights", record["weights"], weights, "the accord gives")
+        if not count:
+            check.equal(f"{where}model", record["model"], model, "no update was used, so it stays")
+        model, finished = record["model"], finished + count
+        _check_cost(check, where, record, plans, used, accord)
+    end = next((record for record in records if record["kind"] == "end"), None)
+    if end is not None and end["stop"] != "refused":
+        check.equal("rounds.jsonl: end: rounds", end["rounds"], finished, "the rounds give")
+        check.equal("rounds.jsonl: end: model", end["model"], model, "the last round has")
+    for record in (r for r in records if r["kind"] == "decision"):
+        _check_decision(check, record, records, accord)
+
+
+def _check_cost(
+    check: Check,
+    where: str,
+    record: Record,
+    plans: dict[str, Record],
+    used: dict[str, int],
+    accord: Accord,
+) -> None:
+    """Recompute what each site's used rounds cost, had the plan been no longer."""
+    check.equal(f"{where}epsilon", sorted(record["epsilon"]), sorted(plans), "the plans are of")
+    for site, said in record["epsilon"].items():
+        path = f"{where}epsilon.{site}."
+        plan = plan_for(accord, site) if site in accord.roster else None
+        rounds = used.get(site, 0)
+        check.equal(f"{path}rounds_used", said["rounds_used"], rounds, "the invitations give")
+        right = plans[site]["epsilon"] if site in plans else None
+        check.equal(f"{path}reserved", said["reserved"], right, "its plan says")
+        if plan is None or not rounds:
+            free: Any = 0.0 if plan else "infinite"
+            check.equal(f"{path}curve", said["curve"], free)
+        else:
+            check_epsilon(check, f"{path}curve", said["curve"], plan.event(rounds), plan.delta)
+
+
+def _check_decision(check: Check, record: Record, records: list[Record], accord: Accord) -> None:
+    """Work out whether a round had to stop the run: fairness rule, target, or all rounds done."""
+    rounds = [r for r in records if r["kind"] == "round" and r["round"] <= record["round"]]
+    rules, audit = accord.fairness, rounds[-1]["audit"] if rounds else None
+    target, must = accord.rounds.target_accuracy, False
+    if audit and rules.stop_on_breach and rules.max_parity_difference is not None:
+        for name in rules.attributes:
+            whole = audit["model"]["figures"]["attributes"][name]["all"]
+            value = whole["demographic_parity_difference"]["value"]
+            must |= value is not None and value > rules.max_parity_difference
+    if audit and target is not None:
+        mean = audit["model"]["figures"]["accuracy"]["mean"]
+        must |= mean is not None and mean >= target
+    must |= sum(bool(r["aggregated"]) for r in rounds) >= accord.rounds.rounds
+    where = f"rounds.jsonl: {record['id']}: stop"
+    if must:
+        check.equal(where, record["stop"], True, "the rules of the accord give")
+    elif record["stop"]:
+        budget = record["reason"].startswith("budget")
+        check.holds(budget, f"{where} says true, the rules of the accord give no reason to stop")

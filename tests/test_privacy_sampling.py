@@ -1,0 +1,153 @@
+"""The sampler: subjects with the declared probability, one record of each, whatever the data."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from fedaccord.privacy.noise import OsSource
+from fedaccord.privacy.plan import PrivacyPlan
+from fedaccord.privacy.sampling import SubjectSampler
+
+ALPHA = 2e-6  # of each statistical test: 50 of them pass a clean suite 9,999 times in 10,000
+DRAWS = 20_000
+Q = 0.1
+# 20 subjects with one record and 10 with five.
+SUBJECTS = np.concatenate([np.arange(20), np.repeat(np.arange(20, 30), 5)])
+
+
+def plan(sampling_prob=Q):
+    return PrivacyPlan(
+        site="ward",
+        subjects=30,
+        rounds=2,
+        steps=3,
+        sampling_prob=sampling_prob,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        delta=1e-5,
+    )
+
+
+class Given:
+    """A source that hands out what it was given, call by call."""
+
+    def __init__(self, *calls):
+        self.calls = [np.asarray(call, np.float64) for call in calls]
+
+    def uniform(self, count):
+        call = self.calls.pop(0)
+        return np.broadcast_to(call, count).copy()
+
+    def normal(self, count):
+        raise AssertionError("the sampler draws no noise")
+
+
+class PerRecord:
+    """A mutant: every record is drawn on its own, as Opacus' loader does."""
+
+    def __init__(self, subjects, sampling_prob):
+        self.rows, self.sampling_prob = np.arange(len(subjects)), sampling_prob
+
+    def draw(self, source):
+        return self.rows[source.uniform(len(self.rows)) < self.sampling_prob]
+
+
+def inclusions(sampler):
+    """How often each subject was in one of DRAWS steps."""
+    source = OsSource()
+    counts = np.zeros(30, np.int64)
+    for _ in range(DRAWS):
+        counts[np.unique(SUBJECTS[sampler.draw(source)])] += 1
+    return counts
+
+
+def p_value(counts, q):
+    """Chance that independent subjects with inclusion probability q look as odd as this."""
+    variance = DRAWS * q * (1 - q)
+    squares = ((counts - DRAWS * q) ** 2 / variance).sum()
+    each = 2 * min(stats.chi2.sf(squares, len(counts)), stats.chi2.cdf(squares, len(counts)))
+    total = stats.binomtest(int(counts.sum()), DRAWS * len(counts), q).pvalue
+    return min(1.0, 2 * min(each, total))
+
+
+def test_every_subject_takes_part_with_the_declared_probability_however_many_records_it_has():
+    assert p_value(inclusions(plan().sampler(SUBJECTS)), Q) > ALPHA
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [SubjectSampler(SUBJECTS, Q * 1.1), SubjectSampler(SUBJECTS, Q * 0.9), PerRecord(SUBJECTS, Q)],
+    ids=["q x 1.1", "q x 0.9", "per record"],
+)
+def test_the_same_test_rejects_another_probability_and_sampling_by_record(mutant):
+    assert p_value(inclusions(mutant), Q) < ALPHA
+
+
+def test_each_record_of_a_subject_is_as_likely_as_the_others():
+    sampler, source = SubjectSampler(np.zeros(5, np.int64), 1.0), OsSource()
+    rows = np.concatenate([sampler.draw(source) for _ in range(DRAWS)])
+    counts = np.bincount(rows, minlength=5)
+    assert counts.sum() == DRAWS
+    assert stats.chisquare(counts).pvalue > ALPHA
+    assert stats.chisquare(counts + np.array([400, 0, 0, 0, -400])).pvalue < ALPHA
+
+
+def test_two_subjects_are_in_the_same_step_as_often_as_independence_says():
+    sampler, source = SubjectSampler(np.arange(2), 0.5), OsSource()
+    together = sum(len(sampler.draw(source)) == 2 for _ in range(DRAWS))
+    assert stats.binomtest(together, DRAWS, 0.25).pvalue > ALPHA
+    assert stats.binomtest(together + DRAWS // 20, DRAWS, 0.25).pvalue < ALPHA
+
+
+@given(
+    st.lists(st.integers(-(2**40), 2**40), max_size=60),
+    st.floats(0.01, 1.0),
+    st.integers(1, 5),
+)
+@settings(deadline=None)
+def test_a_step_holds_at_most_one_record_of_a_subject_and_only_its_own(people, q, times):
+    subjects = np.array(people * times, np.int64)
+    rows = SubjectSampler(subjects, q).draw(OsSource())
+    assert rows.dtype == np.int64
+    assert len(np.unique(subjects[rows])) == len(rows) == len(np.unique(rows))
+    if q == 1.0:
+        assert set(subjects[rows]) == set(people)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 4)), max_size=20),
+    st.floats(0.01, 1.0),
+)
+@settings(deadline=None)
+def test_a_subject_is_drawn_if_and_only_if_its_own_number_is_below_q(people, q):
+    numbers = np.array([number for number, _ in people])
+    subjects = np.repeat(np.arange(len(people)), [records for _, records in people])
+    rows = plan(q).sampler(subjects).draw(Given(numbers, 0.0))
+    assert subjects[rows].tolist() == np.flatnonzero(numbers < q).tolist()
+
+
+@given(st.lists(st.integers(1, 5_000), min_size=1, max_size=8))
+@settings(deadline=None)
+def test_the_largest_number_below_one_never_reaches_the_next_subjects_records(records):
+    subjects = np.repeat(np.arange(len(records)), records)
+    rows = SubjectSampler(subjects, 1.0).draw(Given(0.0, 1 - 2.0**-53))
+    assert subjects[rows].tolist() == list(range(len(records)))
+
+
+@pytest.mark.parametrize("people", [0, 1, 64, 65, 10_000])
+def test_the_probability_is_the_plans_for_any_number_of_subjects(people):
+    sampler = plan().sampler(np.arange(people))
+    edge = np.nextafter(Q, 0)
+    assert sampler.sampling_prob == Q
+    assert len(sampler.draw(Given(edge, 0.0))) == people
+    assert len(sampler.draw(Given(Q, 0.0))) == 0
+
+
+@pytest.mark.parametrize(
+    "subjects", [np.zeros((3, 1), np.int64), np.array([0.0, 1.0]), np.array(["a", "b"], object)]
+)
+def test_subjects_that_are_no_column_of_whole_numbers_are_refused(subjects):
+    with pytest.raises(ValueError, match="subjects: "):
+        SubjectSampler(subjects, Q)

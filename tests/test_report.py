@@ -1,0 +1,438 @@
+"""The report: its numbers are report.json's, each names its record, the page stands alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import dp_accounting
+import pytest
+from dp_accounting.pld import PLDAccountant
+
+from fedaccord import accord as accords
+from fedaccord.errors import EvidenceError
+from fedaccord.reports import agreed, figures
+from fedaccord.reports.page import Node, fixed
+from fedaccord.reports.reading import read
+from fedaccord.reports.report import facts, write_report
+from fedaccord.runs import RunFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Texts(HTMLParser):
+    """Every text of a page with the open elements around it."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.stack: list[tuple[str, dict[str, str | None]]] = []
+        self.found: list[tuple[list[tuple[str, dict[str, str | None]]], str]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.stack.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.stack and self.stack.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        self.found.append((list(self.stack), data))
+
+    def inside(self, tag: str) -> Iterator[tuple[dict[str, str | None], str]]:
+        for stack, text in self.found:
+            if stack and stack[-1][0] == tag:
+                yield stack[-1][1], text
+
+
+def copy(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to, ignore=shutil.ignore_patterns("sites", "report.*"))
+    return to
+
+
+def rewrite(run: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    """Change a run's records as its coordinator could have: with a chain and a seal that hold."""
+    records = change(RunFolder.open(run).records())
+    (run / "rounds.jsonl").unlink()
+    folder = RunFolder(run)
+    for record in records:
+        folder.append({key: value for key, value in record.items() if key != "hash"})
+    folder.seal()
+
+
+def pointed(content: Any, pointer: str) -> Any:
+    for step in pointer.split("/")[1:]:
+        content = content[int(step)] if isinstance(content, list) else content[step]
+    return content
+
+
+def numbers(value: Any, record: str = "", path: str = "") -> Iterator[tuple[str, str]]:
+    """(path, record of the nearest object) of every number."""
+    if isinstance(value, dict):
+        record = value.get("record", record)
+        for key, inner in value.items():
+            yield from numbers(inner, record, f"{path}/{key}")
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from numbers(inner, record, f"{path}/{place}")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, record
+
+
+@pytest.fixture(scope="module")
+def private(heart_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = copy(heart_run, tmp_path_factory.mktemp("report") / heart_run.name)
+    write_report(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fedaccord.simulations import engine
+
+    folder = tmp_path_factory.mktemp("plain")
+    text = accords.bundled()["heart"].read_text(encoding="utf-8")
+    text = re.sub(r"(?m)^enabled = true( +# false)", r"enabled = false\1", text)
+    text = re.sub(r"(?m)^rounds = 20", "rounds = 2", text)
+    (folder / "plain.toml").write_text(text, encoding="utf-8")
+    engine.simulate(str(folder / "plain.toml"), folder / "run", folder / "sites", 4)
+    write_report(folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fedaccord.errors import BudgetError
+    from fedaccord.simulations import engine
+
+    folder = tmp_path_factory.mktemp("refused")
+    for site in ("cleveland", "hungary", "switzerland", "va"):
+        (folder / "sites" / site).mkdir(parents=True)
+        (folder / "sites" / site / "policy.toml").write_text("max_epsilon = 1.0\ndelta = 1e-4\n")
+    with pytest.raises(BudgetError):
+        engine.simulate("heart", folder / "run", folder / "sites", 4)
+    write_report(folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def unfinished(heart_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = copy(heart_run, tmp_path_factory.mktemp("unfinished") / heart_run.name)
+    for name in ("manifest.json", "model.safetensors", "student.safetensors", "student.onnx"):
+        (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / "ledgers")
+    lines = (run / "rounds.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["kind"] in ("start", "plan")]
+    kept += [line for line in lines if json.loads(line)["id"] in ("round-1", "decision-1")]
+    (run / "rounds.jsonl").write_text("".join(kept), encoding="utf-8")
+    write_report(run)
+    return run
+
+
+RUNS = ["private", "plain", "refused", "unfinished"]
+
+
+@pytest.fixture(params=RUNS)
+def run(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def content_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "report.json").read_text(encoding="utf-8"))
+
+
+def page_of(run: Path) -> str:
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_number_in_the_json_names_a_record_that_exists(run: Path) -> None:
+    known = read(run).ids
+    found = list(numbers(content_of(run)))
+    assert len(found) > 30
+    assert [path for path, record in found if record not in known] == []
+
+
+def test_every_number_on_the_page_is_the_one_in_the_json(run: Path) -> None:
+    content, page = content_of(run), Texts(page_of(run))
+    records = dict(numbers(content))
+    shown = list(page.inside("data"))
+    assert len(shown) >= 30
+    for attributes, text in shown:
+        pointer = attributes["data-ref"]
+        value = pointed(content, pointer)
+        if value == "infinite":
+            assert attributes["value"] == text == "infinite"
+            continue
+        assert json.loads(attributes["value"]) == value
+        assert attributes["data-record"] == records[pointer]
+        number = Decimal(text.replace(",", ""))
+        step = Decimal(1).scaleb(number.as_tuple().exponent)
+        assert abs(number - Decimal(value)) <= step if "data-rounded" in attributes else step / 2
+
+
+def test_every_quoted_text_on_the_page_is_the_one_in_the_json(run: Path) -> None:
+    content, page = content_of(run), Texts(page_of(run))
+    spans = [(a, t) for a, t in page.inside("span") if "data-ref" in a]
+    assert len(spans) > 20
+    assert [text for a, text in spans if pointed(content, a["data-ref"]) != text] == []
+    for attributes, text in page.inside("code"):
+        if "data-ref" in attributes:
+            assert pointed(content, attributes["data-ref"]).startswith(text)
+
+
+def test_no_digit_stands_on_the_page_without_its_place_in_the_json(run: Path) -> None:
+    silent = ("style", "svg")
+    loose = [
+        text
+        for stack, text in Texts(page_of(run)).found
+        if re.search(r"\d", text)
+        and not any(tag in silent or "data-ref" in attributes for tag, attributes in stack)
+    ]
+    assert loose == []
+
+
+def test_an_epsilon_is_never_shown_below_the_true_one(run: Path) -> None:
+    for attributes, text in Texts(page_of(run)).inside("data"):
+        if "epsilon" in attributes["data-ref"] and text != "infinite":
+            accord_row = attributes["data-ref"].startswith("/agreed")
+            assert accord_row or Decimal(text) >= Decimal(attributes["value"]), attributes
+
+
+def test_the_page_asks_for_nothing_from_outside(run: Path) -> None:
+    text = page_of(run)
+    assert re.findall(r"https?:|//[a-z]|@import|url\((?!#)", text) == []
+    for tag, attributes in Texts(text).elements:
+        assert tag not in ("script", "link", "img", "iframe", "object", "embed", "base", "form")
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith("#")
+    assert "default-src 'none'" in text
+
+
+def test_links_and_pictures_inside_the_page_lead_somewhere_and_ids_stand_once(run: Path) -> None:
+    text = page_of(run)
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= set(ids)
+
+
+def test_every_figure_says_in_words_what_it_shows(private: Path) -> None:
+    pictures = [a for tag, a in Texts(page_of(private)).elements if tag == "svg"]
+    assert len(pictures) == 4
+    assert all(a["role"] == "img" and len(a["aria-label"] or "") > 30 for a in pictures)
+
+
+def test_the_headline_says_the_whole_guarantee(private: Path) -> None:
+    headline = content_of(private)["headline"]
+    for words in ("epsilon=3.00", "delta=0.0001", "per training subject", "add-or-remove-one",
+                  "PLD", "22 rounds x 10 steps", "Poisson q=0.1", "cleveland"):  # fmt: skip
+        assert words in headline
+
+
+def test_the_claimed_epsilon_is_that_of_an_independent_computation(private: Path) -> None:
+    for site in content_of(private)["privacy"]["sites"]:
+        book = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+        step = dp_accounting.PoissonSampledDpEvent(
+            site["sampling_prob"], dp_accounting.GaussianDpEvent(site["noise_multiplier"])
+        )
+        book.compose(step, site["rounds_reserved"] * site["steps"])
+        right = book.get_epsilon(site["delta"])
+        assert site["epsilon"] == pytest.approx(right, abs=1e-6)
+        assert site["ledger"]["epsilon"] >= right - 1e-9
+        assert site["ledger"]["epsilon"] <= site["ledger"]["cap"]
+
+
+def test_the_bound_on_guessing_membership_follows_from_the_guarantee(private: Path) -> None:
+    h = content_of(private)["privacy"]["headline"]
+    said, alarm = h["membership"]["found_at_most"], h["membership"]["false_alarm"]
+    assert said == pytest.approx(math.exp(h["epsilon"]) * alarm + h["delta"])
+    assert alarm < said < 1
+
+
+def test_a_run_without_privacy_is_stamped_and_claims_nothing(plain: Path) -> None:
+    content, text = content_of(plain), page_of(plain)
+    assert content["stamps"] == ["NOT PRIVATE: epsilon infinite"]
+    assert content["headline"].startswith("NOT PRIVATE: epsilon infinite")
+    assert content["not_protected"][0].startswith("Training subjects: privacy was switched off")
+    assert content["privacy"]["headline"] is None
+    assert {site["epsilon"] for site in content["privacy"]["sites"]} == {"infinite"}
+    assert "-differential privacy" not in text
+    assert re.search(r'<p class="stamp"><span [^>]*>NOT PRIVATE: epsilon infinite', text)
+
+
+def test_a_refused_run_says_so_and_gives_the_sites_words(refused: Path) -> None:
+    content, text = content_of(refused), page_of(refused)
+    assert content["run"]["state"] == "refused"
+    assert [stamp.split(":")[0] for stamp in content["stamps"]] == ["REFUSED"]
+    assert len(content["incidents"]["out"]) == 4
+    assert "This plan needs epsilon 3.00" in text
+    assert content["releases"] == []
+    assert "-differential privacy" not in text
+
+
+def test_an_unfinished_run_says_so_and_keeps_its_claim(unfinished: Path) -> None:
+    content = content_of(unfinished)
+    assert [stamp.split(":")[0] for stamp in content["stamps"]] == ["UNFINISHED"]
+    assert "epsilon=3.00" in content["headline"]
+    assert {site["used"]["rounds"] for site in content["privacy"]["sites"]} == {1}
+    assert all("not handed over" in site["ledger"]["missing"]
+               for site in content["privacy"]["sites"])  # fmt: skip
+
+
+def test_a_run_interrupted_before_its_first_round_has_a_report(
+    unfinished: Path, tmp_path: Path
+) -> None:
+    run = copy(unfinished, tmp_path / "early")
+    lines = (run / "rounds.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for kept in (lines[:-2], lines[:1]):
+        (run / "rounds.jsonl").write_text("".join(kept), encoding="utf-8")
+        assert "No round was audited" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_an_altered_run_is_stamped(private: Path, tmp_path: Path) -> None:
+    run = copy(private, tmp_path / private.name)
+    path = run / "rounds.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"round":7,', '"round":8,', 1))
+    assert facts(run)["stamps"][0].startswith("ALTERED")
+
+
+def test_equal_evidence_gives_equal_bytes(private: Path, tmp_path: Path) -> None:
+    run = copy(private, tmp_path / private.name)
+    write_report(run)
+    for name in ("report.json", "report.html"):
+        assert (run / name).read_bytes() == (private / name).read_bytes()
+
+
+def test_a_dropped_reply_a_failed_round_and_a_silent_site_are_on_the_report(
+    private: Path, tmp_path: Path
+) -> None:
+    run = copy(private, tmp_path / private.name)
+    hostile = '<script>alert("7")</script>'
+
+    def change(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        third = next(record for record in records if record["id"] == "round-3")
+        third["replies"]["va"] = {"accepted": False, "reason": hostile}
+        third["aggregated"], third["weights"], third["audit"] = [], {}, None
+        fourth = next(record for record in records if record["id"] == "round-4")
+        fourth["audit"]["not_counted"] = {"va": "no answer"}
+        return records
+
+    rewrite(run, change)
+    text = write_report(run).read_text(encoding="utf-8")
+    found = content_of(run)["incidents"]
+    assert found["dropped"] == [
+        {"round": 3, "site": "va", "reason": hostile, "record": "round-3"}
+    ]  # fmt: skip
+    assert found["failed"] == [{"round": 3, "accepted": 3, "record": "round-3"}]
+    assert found["not_counted"][0]["site"] == "va"
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_a_site_cannot_keep_a_report_from_being_written_by_a_bad_ledger(
+    private: Path, tmp_path: Path
+) -> None:
+    for text in ("not json\n", '{"kind":"RESERVE"}\n', "[]\n", "", '{"kind":["a"]}\n', "\xff"):
+        run = tmp_path / "bad" / private.name
+        copy(private, run)
+        (run / "ledgers" / "va.jsonl").write_text(text, encoding="latin-1")
+        sites = {row["site"]: row for row in facts(run)["privacy"]["sites"]}
+        assert sites["va"]["ledger"]["missing"]
+        assert not sites["cleveland"]["ledger"]["missing"]
+        shutil.rmtree(run)
+
+
+def test_the_page_pronounces_no_verdict(run: Path) -> None:
+    words = " ".join(text for _, text in Texts(page_of(run)).found)
+    verdicts = r"\b(un)?(fair|biased|compliant|anonym\w*|safe|secure|harmless|trustworthy)\b"
+    found = {match.group(0) for match in re.finditer(verdicts, words, re.IGNORECASE)}
+    assert found <= {"secure"}  # "there is no secure aggregation"
+
+
+def test_every_key_of_an_accord_has_its_meaning_on_the_report() -> None:
+    rows = agreed.rows(accords.load("heart"))
+    assert [row["key"] for row in rows if not row["meaning"]] == []
+    known = {re.sub(r"^sites\.[^.]+", "sites", row["key"]) for row in rows}
+    known |= {key.rsplit(".", 1)[0] for key in known}
+    assert set(agreed.MEANINGS) - known == {"task.options"}  # heart has none
+
+
+def test_exact_counts_are_not_covered_and_weights_are(private: Path) -> None:
+    covered = {row["what"]: row["covered"] for row in content_of(private)["releases"]}
+    assert covered["group counts"] == "not covered"
+    assert covered["weights"] == "the reserved plan"
+    sent = {row["what"]: row["sites"] for row in content_of(private)["releases"]}
+    assert {site["count"] for site in sent["weights"]} == {20}
+    assert {site["size"] for site in sent["group counts"]} == {20 * 2 * 8}
+
+
+def test_a_number_without_a_record_does_not_get_onto_a_page() -> None:
+    with pytest.raises(EvidenceError, match="names no record"):
+        fixed(Node({"value": 0.5})["value"])
+    with pytest.raises(EvidenceError, match="is no text"):
+        str(Node({"value": 0.5, "record": "end"})["value"])
+
+
+def test_sites_with_different_costs_have_lines_of_their_own(private: Path) -> None:
+    privacy = content_of(private)["privacy"]
+    first = figures.epsilon(privacy)
+    for row in privacy["rounds"]:
+        row["sites"][0]["epsilon"] *= 0.9
+    privacy["sites"][1]["ledger"] |= {"epsilon": 3.5, "cap": "infinite"}
+    second = figures.epsilon(privacy)
+    assert first.count("used by") == 1
+    assert second.count("used by") == 3
+    assert "whole ledger" in second
+
+
+def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(EvidenceError) as fault:
+        write_report(tmp_path)
+    assert "\n" not in str(fault.value)
+
+
+def test_writing_and_verifying_leave_torch_and_flower_alone(private: Path, tmp_path: Path) -> None:
+    run = copy(private, tmp_path / private.name)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from fedaccord.reports.report import write_report\n"
+        "from fedaccord.reports.verify import verify\n"
+        f"run = Path({str(run)!r}); write_report(run)\n"
+        "assert not [c.faults for c in verify(run) if c.faults]\n"
+        "bad = {'torch', 'flwr', 'opacus', 'transformers'} & set(sys.modules); print(bad)\n"
+        "sys.exit(bool(bad))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not on the PATH")
+def test_chromium_opens_the_report(private: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as profile:
+        picture = tmp_path / "report.png"
+        quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking",
+                 "--disable-component-update", "--disable-sync"]  # fmt: skip
+        offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}"]
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", *quiet, *offline]
+        size = [f"--screenshot={picture}", "--window-size=1200,4200"]
+        page = (private / "report.html").resolve().as_uri()
+        subprocess.run([*command, *size, page], check=True, capture_output=True, timeout=120)
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n")
+    assert int.from_bytes(data[16:20], "big") == 1200
+    assert len(data) > 150_000  # a blank page of this size has under 20,000 bytes

@@ -1,0 +1,453 @@
+"""Verify: a whole run has no fault, and one edited digit anywhere is found and named."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedaccord.errors import EvidenceError
+from fedaccord.evidence import canonical_json
+from fedaccord.privacy import ledger
+from fedaccord.reports.pagecheck import rounds_to
+from fedaccord.reports.report import write_report
+from fedaccord.reports.verify import Check, verify
+from fedaccord.runs import RunFolder
+
+SITES = ("cleveland", "hungary", "switzerland", "va")
+Records = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def whole(heart_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with its report, verified once so that its epsilons are known."""
+    run = tmp_path_factory.mktemp("verify") / heart_run.name
+    shutil.copytree(heart_run, run, ignore=shutil.ignore_patterns("sites", "report.*"))
+    write_report(run)
+    verify(run)
+    return run
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / whole.name)
+
+
+def faults(run: Path) -> list[str]:
+    return [fault for check in verify(run) for fault in check.faults]
+
+
+def without_report(run: Path) -> Path:
+    """Take the report away, for edits beneath it: checking it takes most of the time."""
+    for name in ("report.json", "report.html"):
+        (run / name).unlink()
+    return run
+
+
+def by_name(checks: list[Check]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+def rewrite(run: Path, change: Callable[[Records], Records | None]) -> None:
+    """Change a run's records and mend chain and seal, as somebody who holds the folder can."""
+    records = RunFolder.open(run).records()
+    records = change(records) or records
+    (run / "rounds.jsonl").unlink()
+    folder = RunFolder(run)
+    for record in records:
+        folder.append({key: value for key, value in record.items() if key != "hash"})
+    folder.seal()
+
+
+def rewrite_ledger(run: Path, site: str, change: Callable[[Records], Records | None]) -> None:
+    """Change a ledger and mend its chain, its reservation's copy in the records, and the seal."""
+    path = run / "ledgers" / f"{site}.jsonl"
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    entries = change(entries) or entries
+    previous = ledger.GENESIS
+    for seq, entry in enumerate(entries, start=1):
+        entry.pop("hash", None)
+        entry["seq"] = seq
+        previous = ledger.chain(previous, canonical_json(entry))
+        entry["hash"] = previous
+    path.write_text("".join(canonical_json(entry) + "\n" for entry in entries), encoding="utf-8")
+
+    def reserve(records: Records) -> None:
+        for record in records:
+            if record["id"] == f"plan/{site}":
+                record["entry"] = next(e for e in entries if e["kind"] == "RESERVE")
+
+    rewrite(run, reserve)
+
+
+def at(record: Any, path: str) -> Any:
+    for step in path.split("."):
+        record = record[int(step)] if isinstance(record, list) else record[step]
+    return record
+
+
+def put(record: Any, path: str, value: Any) -> None:
+    *inner, last = path.split(".")
+    holder = at(record, ".".join(inner)) if inner else record
+    holder[int(last) if isinstance(holder, list) else last] = value
+
+
+def other_digit(text: str, place: int, rng: random.Random) -> str:
+    digit = rng.choice([d for d in "0123456789" if d != text[place]])
+    return text[:place] + digit + text[place + 1 :]
+
+
+def digit_places(text: str) -> list[int]:
+    return [match.start() for match in re.finditer(r"\d", text)]
+
+
+def test_a_whole_run_has_no_fault_and_every_check_did_something(whole: Path) -> None:
+    checks = by_name(verify(whole))
+    assert {name: check.faults for name, check in checks.items() if check.faults} == {}
+    assert list(checks)[:4] == ["files", "accord", "records", "plans"]
+    assert {f"ledger of {site}" for site in SITES} < set(checks)
+    assert {"figures", "models", "report.json", "report.html"} < set(checks)
+    assert min(check.checked for check in checks.values()) >= 2
+    assert checks["figures"].checked > 2000
+
+
+def test_a_run_without_a_report_has_no_fault(run: Path) -> None:
+    checks = by_name(verify(without_report(run)))
+    assert "report.json" not in checks
+    assert not any(check.faults for check in checks.values())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_digit_changed_in_the_records_is_found_and_its_record_named(
+    run: Path, seed: int
+) -> None:
+    rng, path = random.Random(f"records {seed}"), without_report(run) / "rounds.jsonl"
+    text = path.read_text(encoding="utf-8")
+    for place in rng.sample(digit_places(text), 25):
+        line = text.count("\n", 0, place)
+        changed = other_digit(text, place, rng)
+        path.write_text(changed, encoding="utf-8")
+        found = faults(run)
+        before = json.loads(text.splitlines()[line])["id"]
+        try:
+            names = (f'"{before}"', f'"{json.loads(changed.splitlines()[line])["id"]}"')
+        except ValueError:
+            names = (f"line {line + 1} ",)
+        assert any(name in fault for name in names for fault in found), (before, place, found)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_one_digit_changed_in_a_ledger_is_found_and_its_entry_named(run: Path, site: str) -> None:
+    rng, path = random.Random(f"ledger {site}"), without_report(run) / "ledgers" / f"{site}.jsonl"
+    text = path.read_text(encoding="utf-8")
+    for place in rng.sample(digit_places(text), 25):
+        line = text.count("\n", 0, place) + 1
+        path.write_text(other_digit(text, place, rng), encoding="utf-8")
+        found = [f for f in faults(run) if f.startswith(f"ledgers/{site}.jsonl")]
+        named = (f"entry {line} ", f"(line {line})", f"line {line} ")
+        assert any(name in fault for name in named for fault in found), (line, place, found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_digit_changed_in_the_report_is_found_and_its_path_named(run: Path, seed: int) -> None:
+    rng, path = random.Random(f"report {seed}"), run / "report.json"
+    text = path.read_text(encoding="utf-8")
+    for place in rng.sample(digit_places(text), 15):
+        path.write_text(other_digit(text, place, rng), encoding="utf-8")
+        check = by_name(verify(run))["report.json"]
+        assert len(check.faults) == 1, (place, check.faults)
+        key = re.findall(r'"(\w+)":', text[: text.index("\n", place)])[-1]
+        assert f".{key}" in check.faults[0] or "cannot be checked" in check.faults[0]
+
+
+def test_one_digit_changed_in_the_accord_is_found(run: Path) -> None:
+    rng, path = random.Random("accord"), run / "accord.toml"
+    text = path.read_text(encoding="utf-8")
+    for place in rng.sample(digit_places(text), 25):
+        path.write_text(other_digit(text, place, rng), encoding="utf-8")
+        assert any("accord.toml" in fault for fault in faults(run)), text[place - 20 : place + 5]
+
+
+def test_one_digit_changed_on_the_page_is_found_and_its_pointer_named(run: Path) -> None:
+    rng, path = random.Random("page"), run / "report.html"
+    text = path.read_text(encoding="utf-8")
+    shown = list(re.finditer(r'<data [^>]*data-ref="([^"]+)"[^>]*>([^<]*\d[^<]*)<', text))
+    for match in rng.sample(shown, 20):
+        place = match.start(2) + rng.choice(digit_places(match.group(2)))
+        path.write_text(other_digit(text, place, rng), encoding="utf-8")
+        assert any(match.group(1) in fault for fault in by_name(verify(run))["report.html"].faults)
+
+
+DISPARITY = "audit.{}.figures.attributes.sex.all.{}"
+
+
+@pytest.mark.parametrize(
+    ("record", "path", "value", "source"),
+    [
+        ("round-7", DISPARITY.format("model", "demographic_parity_difference.value"), 0.512,
+         "the counts give 0."),
+        ("round-9", DISPARITY.format("student", "equalized_odds_difference.high"), 0.5,
+         "the counts give 0."),
+        ("round-20", DISPARITY.format("model", "by_group.male.selection_rate.low"), 0.1,
+         "the counts give 0."),
+        ("round-20", DISPARITY.format("model", "by_group.female.n"), 68, "the counts give 67"),
+        ("round-1", "audit.model.figures.accuracy.mean", 0.99, "the counts give 0."),
+        ("round-2", "audit.student.figures.accuracy.sites.va", 0.99, "the counts give 0."),
+        ("round-5", "epsilon.va.curve", 0.5, "its event gives 1."),
+        ("round-5", "epsilon.va.rounds_used", 4, "the invitations give 5"),
+        ("round-5", "epsilon.va.reserved", 2.5, "its plan says 2.99"),
+        ("round-5", "weights.va", 131, "the accord gives 130"),
+        ("plan/va", "epsilon.PLD", 2.5, "its event gives 2.99"),
+        ("plan/va", "epsilon.RDP", 2.5, "its event gives 3."),
+        ("plan/va", "epsilon.replace-one", 2.5, "its event gives 6."),
+        ("plan/va", "noise_stddev", 2.5, "the accord gives 2.0"),
+        ("plan/va", "entry.plan.noise_multiplier", 2.5, "the accord gives 2.0"),
+        ("plan/va", "entry.event.count", 200, "the accord gives 220"),
+        ("plan/va", "entry.cap.epsilon", 9.9, "the ledger has 3.6"),
+        ("decision-19", "stop", True, "no reason to stop"),
+        ("decision-20", "stop", False, "the rules of the accord give true"),
+        ("end", "rounds", 19, "the rounds give 20"),
+        ("start", "private", False, "the accord gives true"),
+    ],
+)  # fmt: skip
+def test_an_edit_whose_hashes_were_mended_is_found_by_recomputing(
+    run: Path, record: str, path: str, value: Any, source: str
+) -> None:
+    def change(records: Records) -> None:
+        put(next(r for r in records if r["id"] == record), path, value)
+
+    rewrite(run, change)
+    checks = by_name(verify(run))
+    assert checks["files"].faults == []
+    where = f"rounds.jsonl: {record}: {path}"
+    found = [fault for check in checks.values() for fault in check.faults]
+    named = [fault for fault in found if where in fault and source in fault]
+    if "cap" in path:  # a cap is the site's own, so only its ledger knows it
+        named = [fault for fault in found if f"{record}: entry.cap" in fault and source in fault]
+    assert named, found
+
+
+def test_counts_that_were_edited_no_longer_give_the_figures(run: Path) -> None:
+    def change(records: Records) -> None:
+        table = at(next(r for r in records if r["id"] == "round-7"), "audit.model.counts.va.sex")
+        table[1][0][0] += 1
+
+    rewrite(run, change)
+    found = by_name(verify(run))["figures"].faults
+    path = DISPARITY.format("model", "by_group.male.n")
+    assert any(fault.startswith(f"rounds.jsonl: round-7: {path} says") for fault in found)
+    assert all("round-7" in fault for fault in found)
+
+
+LEDGER_EDITS: dict[str, tuple[Callable[[Records], Records | None], str]] = {
+    "a smaller epsilon": (
+        lambda e: put(e, "0.epsilon", 1.5),
+        "entry 1 (RESERVE): epsilon says 1.5",
+    ),
+    "an event of fewer steps": (lambda e: put(e, "0.event.count", 20), "entry 1 (RESERVE): event"),
+    "another digest of the plan": (lambda e: put(e, "0.plan_digest", "0" * 64), "plan_digest"),
+    "a cap below what was reserved": (lambda e: put(e, "0.cap.epsilon", 2.0), "cap.epsilon says 2"),
+    "a plan with less noise": (
+        lambda e: put(e, "0.plan.noise_multiplier", 1.0),
+        "entry 1 (RESERVE): event",
+    ),
+    "an INTENT removed": (
+        lambda e: [x for x in e if not (x["kind"] == "INTENT" and x["round"] == 4)],
+        "round 4 has no INTENT before it",
+    ),
+    "a RELEASE removed": (
+        lambda e: [x for x in e if not (x["kind"] == "RELEASE" and x["round"] == 4)],
+        "round 4: an update was accepted, but no RELEASE",
+    ),
+    "a COUNTS removed": (
+        lambda e: [x for x in e if not (x["kind"] == "COUNTS" and x["round"] == 4)],
+        "round 4: counts were audited, but no COUNTS",
+    ),
+    "fewer cells than were sent": (lambda e: put(e, "3.cells", 8), "round 1: cells says 8"),
+    "a release said to be covered by nothing": (
+        lambda e: put(e, "2.covers", "not covered"),
+        "entry 3 (RELEASE): covers",
+    ),
+    "the reservation twice": (lambda e: [e[0], dict(e[0]), *e[1:]], "reserves a second time"),
+    "the reservation removed": (lambda e: e[1:], "has reserved nothing"),
+    "a slot used twice": (lambda e: [*e[:2], dict(e[1]), *e[2:]], "round 1 has two INTENTs"),
+    "another site's entry": (lambda e: put(e, "5.site", "hungary"), "entry 6"),
+    "a hidden earlier run": (
+        lambda e: [{**e[0], "run": "earlier"}, *e],
+        "the ledger up to here adds up to",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", LEDGER_EDITS)
+def test_a_ledger_whose_hashes_were_mended_is_found_by_recomputing(run: Path, edit: str) -> None:
+    change, words = LEDGER_EDITS[edit]
+    if edit == "the reservation removed":
+        with pytest.raises(StopIteration):  # there is no copy left to mend
+            rewrite_ledger(run, "va", change)
+        RunFolder(run).seal()
+    else:
+        rewrite_ledger(run, "va", change)
+    checks = by_name(verify(run))
+    found = checks["ledger of va"].faults
+    assert any(words in fault for fault in found), found
+    assert all(not checks[f"ledger of {site}"].faults for site in SITES if site != "va")
+
+
+Lines = list[str]
+RECORD_EDITS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
+    "a round removed": (lambda lines: lines[:9] + lines[10:], "round-3 is missing"),
+    "a decision removed": (lambda lines: lines[:10] + lines[11:], "decision-3 is missing"),
+    "the last removed": (
+        lambda lines: lines[:-1],
+        "decision-20 stops the run, but there is no end",
+    ),
+    "the last two removed": (lambda lines: lines[:-2], "the run was closed, but has no end"),
+    "two swapped": (
+        lambda lines: [*lines[:9], lines[10], lines[9], *lines[11:]],
+        "decision-3 stands where round-3 should",
+    ),
+    "one doubled": (lambda lines: [*lines[:10], *lines[9:]], "round-3 stands there more than once"),
+    "a plan removed": (lambda lines: lines[:4] + lines[5:], "site va has neither a plan"),
+}
+START_EDITS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
+    "the first removed": (lambda lines: lines[1:], "the first record is not start"),
+    "all removed": (lambda lines: [], "there is no start record"),
+    "half a line at the end": (lambda lines: [*lines[:-1], lines[-1][:40]], "line 46"),
+}
+
+
+@pytest.mark.parametrize("mended", [False, True], ids=["as it is", "hashes mended"])
+@pytest.mark.parametrize("edit", RECORD_EDITS)
+def test_records_removed_swapped_or_doubled_are_named(run: Path, edit: str, mended: bool) -> None:
+    change, words = RECORD_EDITS[edit]
+    path = run / "rounds.jsonl"
+    changed = change(path.read_text(encoding="utf-8").splitlines(keepends=True))
+    if mended:
+        rewrite(run, lambda _: [json.loads(line) for line in changed])
+    else:
+        path.write_text("".join(changed), encoding="utf-8")
+    checks = by_name(verify(run))
+    assert any(words in fault for fault in checks["records"].faults), checks["records"].faults
+    assert mended or checks["files"].faults
+
+
+@pytest.mark.parametrize("edit", START_EDITS)
+def test_records_without_a_start_or_a_whole_end_are_a_fault(run: Path, edit: str) -> None:
+    change, words = START_EDITS[edit]
+    path = run / "rounds.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(change(lines)), encoding="utf-8")
+    assert any(words in fault for fault in faults(run))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "student.safetensors"])
+def test_a_changed_model_is_found(run: Path, name: str) -> None:
+    data = bytearray((run / name).read_bytes())
+    data[-1] ^= 1
+    (run / name).write_bytes(bytes(data))
+    RunFolder(run).seal()
+    assert any(f.startswith(f"{name}: SHA-256") for f in by_name(verify(run))["models"].faults)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["accord.toml", "rounds.jsonl", "manifest.json", "model.safetensors", "ledgers/va.jsonl"],
+)
+def test_a_removed_file_is_a_fault_that_names_it(run: Path, name: str) -> None:
+    (run / name).unlink()
+    assert any(name in fault for fault in faults(run))
+
+
+def test_an_added_file_is_a_fault(run: Path) -> None:
+    (run / "ledgers" / "another.jsonl").write_text("{}\n")
+    assert any("another.jsonl" in fault for fault in faults(run))
+
+
+def test_a_stamp_or_a_limit_taken_off_the_page_is_found(run: Path) -> None:
+    path = run / "report.html"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(re.sub(r'<span data-ref="/not_protected/0">.*?</span>', "", text))
+    assert any("/not_protected/0 is missing" in fault for fault in faults(run))
+
+
+def test_a_number_tied_to_nothing_on_the_page_is_found(run: Path) -> None:
+    path = run / "report.html"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("</main>", "<p>Accuracy 0.999</p></main>"))
+    assert any("Accuracy 0.999" in fault for fault in faults(run))
+
+
+FILES = ["rounds.jsonl", "ledgers/va.jsonl", "accord.toml", "manifest.json", "report.json",
+         "report.html", "model.safetensors"]  # fmt: skip
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(FILES),
+    where=st.floats(0, 1),
+    length=st.integers(0, 200),
+    junk=st.binary(max_size=20),
+)
+def test_damage_of_any_kind_is_never_an_exception(
+    whole: Path, tmp_path: Path, name: str, where: float, length: int, junk: bytes
+) -> None:
+    run = tmp_path / whole.name
+    if not run.exists():
+        shutil.copytree(whole, run)
+    data = (whole / name).read_bytes()
+    place = int(where * len(data))
+    damaged = data[:place] + junk + data[place + length :]
+    (run / name).write_bytes(damaged)
+    found = faults(run)
+    if damaged != data and name not in ("report.html", "manifest.json", "report.json"):
+        assert found
+    (run / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("line", ["null", "[]", "3", '"end"', "{}", '{"id":"x"}', "[" * 10_000])
+@pytest.mark.parametrize("name", ["rounds.jsonl", "ledgers/va.jsonl"])
+def test_a_line_that_is_no_record_is_a_fault_that_names_the_line(
+    run: Path, name: str, line: str
+) -> None:
+    lines = (run / name).read_text(encoding="utf-8").splitlines()
+    lines[6] = line
+    (run / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = [fault for fault in faults(run) if fault.startswith(name)]
+    assert any("7" in fault or '"x"' in fault or "None" in fault for fault in found), found
+
+
+@pytest.mark.parametrize("fixture", ["accord", "records"])
+def test_a_folder_that_holds_nothing_of_a_run_is_refused(tmp_path: Path, fixture: str) -> None:
+    with pytest.raises(EvidenceError, match="not a run folder"):
+        verify(tmp_path / fixture)
+
+
+@pytest.mark.parametrize(
+    ("full", "shown", "up", "holds"),
+    [
+        ("0.41249", "0.412", False, True),
+        ("0.41249", "0.413", False, False),
+        ("2.8437", "2.85", True, True),
+        ("2.8437", "2.84", True, False),
+        ("2.8437", "2.86", True, False),
+        ("3.0", "3.00", True, True),
+        ("19294", "19,294", False, True),
+        ("1e-05", "1e-05", False, True),
+        ("1e-05", "2e-05", False, False),
+        ("infinite", "infinite", True, True),
+        ("infinite", "3.00", True, False),
+        ("0.5", "half", False, False),
+        ("0.5", "nan", False, False),
+    ],
+)
+def test_what_counts_as_a_rounding(full: str, shown: str, up: bool, holds: bool) -> None:
+    assert rounds_to(full, shown, up) is holds
