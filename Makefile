@@ -25,7 +25,7 @@ demo: $(STAMPS)/demo
 install: $(STAMPS)/test
 
 test: $(STAMPS)/test
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
 check: lint types package
 

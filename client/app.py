@@ -205,6 +205,8 @@ def train_round(site: Site, message: Message) -> RecordDict:
     if payload is None:
         model = site.model("model", message.content.array_records["arrays"])
         train.refuse_unsafe(model)
+        if site.plan:
+            train.refuse_weights(model)
         payload = train_and_record(site, model, run, number)
     arrays = ArrayRecord(torch_state_dict=safetensors.load(payload))
     said = ConfigRecord({"site": site.name, "run": run, "round": number})

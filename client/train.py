@@ -21,6 +21,7 @@ from fedaccord.privacy.plan import PrivacyPlan
 from fedaccord.privacy.sampling import SubjectSampler
 from fedaccord.tasks import Records
 
+MAX_WEIGHT = 100.0  # largest magnitude that a model to be trained privately may hold
 MICRO_BATCH = 256  # records per forward pass; bounds memory, changes no result
 log = logging.getLogger("fedaccord.site")
 
@@ -45,6 +46,24 @@ def refuse_unsafe(model: nn.Module) -> None:
             raise AccordError(
                 f"model: {name} is a buffer, which would be released without noise. Choose a model "
                 "without it, or register it with persistent=False."
+            )
+
+
+def refuse_weights(model: nn.Module) -> None:
+    """Refuse weights under which rounding could carry more than the plan's slack.
+
+    Weights that a coordinator chooses far from any trained ones make large terms cancel, and then
+    a record's gradient depends on its place in the batch, so on who else is in it. In float64 and
+    below this bound that stays far under the slack. It looks at what was sent, not at records.
+
+    Raises:
+        AccordError: the first parameter with a weight that is not finite or above MAX_WEIGHT.
+    """
+    for name, value in model.named_parameters():
+        if not bool((value.abs() <= MAX_WEIGHT).all()):
+            raise AccordError(
+                f"model: {name} holds a weight that is not finite or above {MAX_WEIGHT:g} in "
+                "magnitude, under which rounding is not covered. Send a model that was trained."
             )
 
 

@@ -54,13 +54,14 @@ def check(accord: AccordFile) -> None:
     """Print an accord as a table, with its digest."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from fedaccord import accord as accords
 
     agreed = accords.load(accord)
     table = Table("key", "value", title=f"accord {agreed.name}", title_justify="left")
     for key, value in _flat(agreed.model_dump(mode="json"), ""):
-        table.add_row(key, str(value))
+        table.add_row(Text(key), Text(str(value)))  # an accord's own words are no markup
     console = Console()
     console.print(table)
     console.print(f"digest {agreed.digest}", soft_wrap=True)
@@ -92,6 +93,8 @@ def simulate(
     run = out / runs.new_id(agreed.name)
 
     from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
 
     from fedaccord.reports.report import write_report
     from fedaccord.simulations import display
@@ -101,11 +104,11 @@ def simulate(
     page = write_report(run)
     console.print(table)
     outcome = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    console.print(f"[bold]Privacy[/bold]  {outcome['headline']}", highlight=False)
-    console.print("[bold]Not protected[/bold]")
+    console.print(Text.assemble(("Privacy  ", "bold"), outcome["headline"]))
+    console.print(Text("Not protected", "bold"))
     for line in outcome["not_protected"]:
-        console.print(f"  - {line}", highlight=False)
-    console.print(f"[bold]Report[/bold]  {page}", highlight=False, soft_wrap=True)
+        console.print(Padding(Text(f"- {line}"), (0, 0, 0, 2)))
+    console.print(Text.assemble(("Report  ", "bold"), str(page)), soft_wrap=True)
 
 
 @app.command()

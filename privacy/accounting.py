@@ -12,6 +12,7 @@ from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
+from fedaccord.errors import AccordError
 from fedaccord.evidence import canonical_json
 
 Event = dict[str, Any]
@@ -105,6 +106,9 @@ def calibrate(target_epsilon: float, delta: float, sampling_prob: float, steps: 
 
     Returns:
         The noise multiplier, a multiple of 1e-4.
+
+    Raises:
+        AccordError: no noise multiplier from 0.01 to 100,000 has such an epsilon.
     """
 
     def search(accountant: Any, low: float, high: float, tolerance: float) -> float:
@@ -123,8 +127,14 @@ def calibrate(target_epsilon: float, delta: float, sampling_prob: float, steps: 
         return epsilon(dp_sgd(ticks / 1e4, sampling_prob, steps), delta) <= target_epsilon
 
     # RDP is fast and never below PLD, so its answer bounds the slow search from above.
-    guess = search(RdpAccountant, 1e-2, 1e5, 1e-3)
-    ticks = math.ceil(search(PLDAccountant, guess / 2, guess * 1.01, 5e-5) * 1e4)
+    try:
+        guess = search(RdpAccountant, 1e-2, 1e5, 1e-3)
+        ticks = math.ceil(search(PLDAccountant, guess / 2, guess * 1.01, 5e-5) * 1e4)
+    except ValueError:
+        raise AccordError(
+            f"privacy.target_epsilon = {target_epsilon:g} at delta {delta:g}: no noise multiplier "
+            f"from 0.01 to 100000 gives it over {steps} steps. Raise it or plan fewer steps."
+        ) from None
     while not fits(ticks):
         ticks += 1
     while ticks > 1 and fits(ticks - 1):

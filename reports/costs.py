@@ -61,8 +61,8 @@ def statement(evidence: Evidence, privacy: Row) -> str:
     headline = privacy["headline"]
     if headline is None:
         return "No claim: no site reserved a plan."
-    alike = ", ".join(headline["sites"])
-    return f"{headline['statement']}. At each of these sites: {alike}."
+    words = "At each of these sites" if headline["alike"] else "The highest claim of these sites"
+    return f"{headline['statement']}. {words}: {', '.join(headline['sites'])}."
 
 
 def _headline(evidence: Evidence, sites: list[Row]) -> Row:

@@ -61,13 +61,12 @@ def draw(content: Row) -> dict[str, str]:
 def accuracy(rounds: list[Row]) -> str:
     """Draw the mean accuracy over the sites by round, with the band from lowest to highest site."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": "accuracy"}):
-        figure = Figure(figsize=(7.6, 3.0), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, which in zip(panels, ("model", "student"), strict=True):
+        figure, panels = _panels(rounds)
+        for which, axes in panels.items():
             rows = [row for row in rounds if row[which] and row[which]["mean"] is not None]
             _prepare(axes, which, [row["round"] for row in rounds])
             if not rows:
-                _empty(axes, "not measured")
+                _empty(axes, "not assessable")
                 continue
             x = [row["round"] for row in rows]
             axes.set_ylim(0, 1)
@@ -80,7 +79,7 @@ def accuracy(rounds: list[Row]) -> str:
             axes.plot(x, mean, color=COLOURS[which], marker="o", markersize=3)
             ends = [(high[-1], "highest site", SOFT), (low[-1], "lowest site", SOFT)]
             _label(axes, [(mean[-1], "mean", COLOURS[which]), *ends])
-        panels[0].set_ylabel("share predicted right")
+        panels["model"].set_ylabel("share predicted right")
         return _svg(figure, "Accuracy by round, mean over sites with the range of the sites.")
 
 
@@ -97,27 +96,31 @@ def epsilon(privacy: Row) -> str:
             for mine in row["sites"]
             if mine["site"] == site["site"]
         )
+        if not points:
+            continue
         key = (points, site["epsilon"], site["ledger"]["epsilon"], site["ledger"]["cap"])
         curves.setdefault(key, []).append(site["site"])
     last = max(*(s["rounds_reserved"] for s in privacy["sites"]), privacy["rounds"][-1]["round"])
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": "epsilon"}):
         figure = Figure(figsize=(7.6, 3.2), layout="constrained")
         axes = figure.subplots()
-        marks: list[Mark] = []
+        levels: dict[tuple[float, str, str], set[str]] = {}
         for place, ((points, claim, total, cap), sites) in enumerate(curves.items()):
             colour = CYCLE[place % len(CYCLE)]
             names = ", ".join(sites) if len(sites) < 5 else f"{len(sites)} sites alike"
             x, y = zip(*points, strict=True)
             axes.plot(x, y, color=colour, marker="o", markersize=3, label=f"used by {names}")
-            axes.axhline(claim, color=colour, linestyle="--", linewidth=1)
-            marks.append((claim, "reserved: the claim", colour))
+            levels.setdefault((claim, "reserved: the claim", "--"), set()).add(colour)
             if not isinstance(total, str | None) and total > claim + 1e-3:
-                axes.axhline(total, color=colour, linestyle=":", linewidth=1.4)
-                marks.append((total, "whole ledger", colour))
+                levels.setdefault((total, "whole ledger", ":"), set()).add(colour)
             if not isinstance(cap, str):
-                axes.axhline(cap, color=INK, linewidth=1.4)
-                marks.append((cap, "cap of the site", INK))
-        axes.legend(loc="lower right", frameon=False, labelcolor="linecolor")
+                levels.setdefault((cap, "cap of the site", "-"), set()).add(INK)
+        marks: list[Mark] = []
+        for (height, words, style), colours in levels.items():
+            colour = colours.pop() if len(colours) == 1 else SOFT
+            axes.axhline(height, color=colour, linestyle=style, linewidth=1.3)
+            marks.append((height, words, colour))
+        axes.legend(loc="best", frameon=False, labelcolor="linecolor")
         _prepare(axes, "", list(range(1, last + 1)))
         axes.set_ylim(0, 1.06 * max(y for y, *_ in marks))
         axes.set_ylabel("epsilon")
@@ -128,14 +131,13 @@ def epsilon(privacy: Row) -> str:
 def parity(attribute: Row, bound: float | None) -> str:
     """Draw the demographic parity difference by round with the band of its interval."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": f"parity {attribute['attribute']}"}):
-        figure = Figure(figsize=(7.6, 3.0), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
         rounds = attribute["rounds"]
-        for axes, which in zip(panels, ("model", "student"), strict=True):
+        figure, panels = _panels(rounds)
+        for which, axes in panels.items():
             _prepare(axes, which, [row["round"] for row in rounds])
             rows = [row for row in rounds if row[which] and row[which]["value"] is not None]
             if not rows:
-                _empty(axes, "not assessable" if any(r[which] for r in rounds) else "not measured")
+                _empty(axes, "not assessable")
                 continue
             x, colour = [row["round"] for row in rows], COLOURS[which]
             axes.set_ylim(0, 1)
@@ -147,7 +149,7 @@ def parity(attribute: Row, bound: float | None) -> str:
                 axes.axhline(bound, color=INK, linestyle="--", linewidth=1)
                 marks.append((bound, "agreed bound", INK))
             _label(axes, marks)
-        panels[0].set_ylabel("largest less smallest\nselection rate")
+        panels["model"].set_ylabel("largest less smallest\nselection rate")
         by = f"by {attribute['attribute']} and round, with the band of its interval"
         return _svg(figure, f"Demographic parity difference {by}.")
 
@@ -183,6 +185,14 @@ def selection(attribute: Row) -> str:
         axes.set_xlabel("selection rate")
         by = f"by {attribute['attribute']} with intervals, round {round_number}"
         return _svg(figure, f"Selection rate {by}.")
+
+
+def _panels(rounds: list[Row]) -> tuple[Figure, dict[str, Axes]]:
+    """Make a panel for the model and, where there is one, for the student."""
+    shown = [which for which in COLOURS if which == "model" or any(row[which] for row in rounds)]
+    figure = Figure(figsize=(7.6, 3.0), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    return figure, dict(zip(shown, panels, strict=True))
 
 
 def _prepare(axes: Axes, title: str, rounds: list[int]) -> None:

@@ -104,7 +104,8 @@ _SMALL = (
 )
 _DECISIONS = (
     "Decisions read from those counts (to stop, to go on, to pick this run or this model among "
-    "several) rest on evaluation subjects without protection, and flatter the figures shown here."
+    "several) rest on evaluation subjects without protection. They also make the figures shown "
+    "here look better than new subjects would."
 )
 _PRIVATE = [
     "The coordinator sees each site's noised weights one by one. The stated epsilon holds against "

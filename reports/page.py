@@ -59,7 +59,8 @@ class Node:
         return len(self._value)
 
     def __bool__(self) -> bool:
-        return bool(self._value)
+        number = isinstance(self._value, int | float) and not isinstance(self._value, bool)
+        return number or bool(self._value)  # 0 is a figure, and is there
 
     def __eq__(self, other: object) -> bool:
         return bool(self._value == (other._value if isinstance(other, Node) else other))

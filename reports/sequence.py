@@ -42,10 +42,31 @@ def check_order(check: Check, records: list[Record], roster: Iterable[str], clos
     if end is None and stops:
         words = f"rounds.jsonl: {decisions[-1]['id']} stops the run, but there is no end"
         check.holds(False, words)
+    if end is not None:
+        check.equal("rounds.jsonl: end: id", end["id"], "end")
+        known_ends = ("finished", "refused")
+        words = f"rounds.jsonl: end: stop says {end['stop']!r}, it should be one of {known_ends}"
+        check.holds(end["stop"] in known_ends, words)
     if end is not None and end["stop"] != "refused":
         check.holds(stops, "rounds.jsonl: end: no decision to stop before it")
         reason = decisions[-1]["reason"] if decisions else None
         check.equal("rounds.jsonl: end: reason", end["reason"], reason, "the last decision says")
+
+
+def check_start(check: Check, start: Record, accord: Accord) -> None:
+    """Check that the start record names what the accord names."""
+    wants = accord.distillation
+    for path, said, right in (
+        ("private", start["private"], accord.privacy.enabled),
+        ("task.name", start["task"]["name"], accord.task.name),
+        ("model.name", start["model"]["name"], accord.model.name),
+        (
+            "student.name",
+            (start["student"] or {}).get("name"),
+            wants.model if wants.enabled else None,
+        ),
+    ):
+        check.equal(f"rounds.jsonl: start: {path}", said, right, "the accord gives")
 
 
 def _check_played(check: Check, played: list[Record], going_on: bool) -> None:
@@ -79,6 +100,9 @@ def check_rounds(check: Check, records: list[Record], accord: Accord) -> None:
                 used[site] += 1
         check.equal(f"{where}replies", sorted(record["replies"]), sorted(record["invited"]))
         accepted = sorted(s for s, said in record["replies"].items() if said["accepted"])
+        for site, said in record["replies"].items():
+            words = f"{where}replies.{site}: a reason where the reply was accepted, or none else"
+            check.holds(bool(said["reason"]) != said["accepted"], words)
         count = bool(record["aggregated"])
         if count:
             check.equal(f"{where}aggregated", record["aggregated"], accepted, "the replies give")
@@ -135,6 +159,8 @@ def _check_decision(check: Check, record: Record, records: list[Record], accord:
         must |= mean is not None and mean >= target
     must |= sum(bool(r["aggregated"]) for r in rounds) >= accord.rounds.rounds
     where = f"rounds.jsonl: {record['id']}: stop"
+    if not record["stop"]:
+        check.equal(f"rounds.jsonl: {record['id']}: reason", record["reason"], "go on")
     if must:
         check.equal(where, record["stop"], True, "the rules of the accord give")
     elif record["stop"]:

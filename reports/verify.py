@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -104,9 +106,10 @@ def _check_accord(check: Check, run: Path, records: list[Record]) -> Accord | No
         check.holds(False, f"{ROUNDS}: there is no start record, which holds the accord's digest")
         return None
     check.equal(f"{ACCORD}: digest", accord.digest, start.get("accord"), "the start record has")
-    private = accord.privacy.enabled
-    check.equal(f"{ROUNDS}: start: private", start.get("private"), private, "the accord gives")
-    return None if check.faults else accord
+    if check.faults:
+        return None
+    _guarded(check, lambda: sequence.check_start(check, start, accord), start)
+    return accord
 
 
 def _books(run: Path, records: list[Record]) -> list[str]:
@@ -142,8 +145,19 @@ def _check_models(check: Check, run: Path, records: list[Record]) -> None:
         if not ended or right is None:
             check.holds(not path.exists(), f"{path.name} is there, but no record names it")
             continue
-        said = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "nothing"
+        data = path.read_bytes() if path.is_file() else b""
+        said = hashlib.sha256(data).hexdigest() if data else "nothing"
         check.equal(f"{path.name}: SHA-256", said, right, f"{rounds[-1]['id']} has")
+        # A weight that is shared counts once in the record and may be twice in the file.
+        parameters, held = records[0][which]["parameters"], _count(data)
+        words = f"start: {which}.parameters says {parameters}, {path.name} holds {held}"
+        check.holds(0 < parameters <= held, f"{ROUNDS}: {words}")
+
+
+def _count(data: bytes) -> int:
+    """Count the weights in a safetensors file by its header (see its format's description)."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name[:2] != "__")
 
 
 def _reports(run: Path, checks: list[Check]) -> list[Check]:

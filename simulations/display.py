@@ -55,7 +55,7 @@ class Progress:
         """Show one row a round: accuracy of model and student, highest epsilon, parity."""
         rules, privacy = self.accord.fairness, self.accord.privacy
         table = Table(
-            title=f"{self.accord.name}: {self.accord.purpose}",
+            title=Text(f"{self.accord.name}: {self.accord.purpose}"),
             caption=(
                 "accuracy: mean over sites. epsilon: highest of the sites, so far/reserved, at "
                 f"delta {privacy.delta:g}. parity diff.: demographic, by {rules.attributes[0]}"

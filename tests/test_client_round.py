@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import resource
 import signal
@@ -20,8 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedaccord import accord as accords
 from fedaccord.client import app, policy
-from fedaccord.errors import AccordError, BudgetError, LedgerError
-from fedaccord.evidence import canonical_json
+from fedaccord.errors import BudgetError, LedgerError
 from fedaccord.models.build import build
 from fedaccord.privacy.ledger import Ledger, spent
 from fedaccord.simulations.engine import InProcessGrid
@@ -267,6 +265,7 @@ def test_unreadable_records_make_a_round_of_noise_alone(tmp_path, caplog):
     assert kinds(site) == ["RESERVE", "INTENT", "RELEASE"]
     assert "patient" not in str(reply)
     sent = reply.array_records["arrays"].to_torch_state_dict()
+    assert {tensor.dtype for tensor in sent.values()} == {torch.float32}
     moved = [(sent[name] - value).flatten() for name, value in fresh(site).state_dict().items()]
     # two steps of noise 3.0 over the declared 20, at a learning rate of 0.5
     assert torch.cat(moved).std().item() == pytest.approx(0.5 * 2**0.5 * 3.0 / 20, rel=0.2)
@@ -391,62 +390,9 @@ def test_two_plans_that_pass_the_cap_together_are_refused_before_anything_is_rea
     assert site.task.readings == []
 
 
-def test_the_sites_own_cap_wins_over_every_later_accords(tmp_path):
-    assert policy.of_site(tmp_path, agreed()).cap.epsilon == 2.0
-    assert policy.of_site(tmp_path, agreed(privacy={"max_epsilon": 50.0})).cap.epsilon == 2.0
-    (tmp_path / "policy.toml").write_text("max_epsilon = 0.5\ndelta = 1e-6\n")
-    own = policy.of_site(tmp_path, agreed(privacy={"max_epsilon": 50.0}))
-    assert (own.cap.epsilon, own.cap.delta) == (0.5, 1e-6)
-    with pytest.raises(BudgetError, match=r"privacy\.delta = 1e-05 is above 1e-06"):
-        own.check(agreed(), "cleveland")
-
-
-def test_an_accord_without_privacy_is_refused_at_a_site_with_a_cap(tmp_path):
-    plain = agreed(privacy={"enabled": False, "noise_multiplier": None})
-    (tmp_path / "policy.toml").write_text("max_epsilon = 3.0\ndelta = 1e-5\n")
-    with pytest.raises(BudgetError, match=r"epsilon infinite .* site cleveland has a cap of 3\.00"):
-        policy.of_site(tmp_path, plain).check(plain, "cleveland")
-    (tmp_path / "policy.toml").write_text("max_epsilon = inf\ndelta = 1e-5\n")
-    policy.of_site(tmp_path, plain).check(plain, "cleveland")
-
-
 def test_a_site_without_a_cap_takes_private_accords_too(tmp_path):
     (tmp_path / "cleveland").mkdir()
     (tmp_path / "cleveland" / "policy.toml").write_text("max_epsilon = inf\ndelta = 1e-5\n")
     site = open_site(tmp_path, some())
     assert site.policy.cap.epsilon == math.inf
     assert reserve(site)["kind"] == "RESERVE"
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (b"max_epsilon = -1\ndelta = 1e-5", "max_epsilon = -1: Input should be greater than 0"),
-        (b"max_epsilon = nan\ndelta = 1e-5", "max_epsilon = nan: Input should be greater than 0"),
-        (b"max_epsilon = 3\ndelta = 0.5", "delta = 0.5: Input should be less than 0.1"),
-        (b"max_epsilon = 3", "delta = .*: Field required"),
-        (b"max_epsilon = 3\ndelta = 1e-5\ncap = 9", "cap = 9: Extra inputs are not permitted"),
-        (b"max_epsilon: 3", "line 1"),
-        (b"\xff\xfe", "codec can't decode"),
-    ],
-)
-def test_a_policy_that_is_not_valid_is_one_line_that_names_the_fault(tmp_path, text, says):
-    (tmp_path / "policy.toml").write_bytes(text)
-    with pytest.raises(AccordError, match=says) as fault:
-        policy.of_site(tmp_path, agreed())
-    assert "\n" not in str(fault.value)
-    assert "http" not in str(fault.value)
-    assert str(fault.value).startswith(str(tmp_path / "policy.toml"))
-    assert str(fault.value).endswith("Mend it; nothing was released.")
-
-
-def test_the_ledger_leaves_no_figure_of_the_records(tmp_path):
-    site = open_site(tmp_path, some(7))
-    reserve(site)
-    ask(site)
-    allowed = {"seq", "site", "kind", "run", "time", "hash", "accord", "rounds", "plan", "event"}
-    allowed |= {"plan_digest", "epsilon", "cap", "round", "slot", "slots", "what", "sha256"}
-    allowed |= {"bytes", "build", "covers"}
-    for entry in site.ledger.entries():
-        assert set(entry) <= allowed
-        assert canonical_json(entry)

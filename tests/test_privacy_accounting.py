@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedaccord import accord as accords
+from fedaccord.errors import AccordError
 from fedaccord.privacy import accounting
 from fedaccord.privacy.plan import PrivacyPlan, plan_for
 
@@ -112,6 +113,15 @@ def test_calibrate_gives_the_smallest_ten_thousandth_that_keeps_the_target(targe
     assert sigma == round(sigma, 4)
     assert independent(sigma, q, steps, delta) <= target
     assert independent(less, q, steps, delta) > target
+
+
+@pytest.mark.parametrize(("target", "steps"), [(1e-3, 10**8), (1e-9, 100)])
+def test_an_epsilon_that_no_noise_can_give_is_refused_in_one_line(target, steps):
+    with pytest.raises(
+        AccordError, match=r"privacy\.target_epsilon = .* plan fewer steps"
+    ) as fault:
+        accounting.calibrate(target, 1e-5, 1.0, steps)
+    assert "\n" not in str(fault.value)
 
 
 def test_whatever_is_composed_with_something_non_private_is_infinite():

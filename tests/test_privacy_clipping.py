@@ -136,6 +136,18 @@ def test_a_step_is_the_sum_over_its_micro_batches_and_leaves_nothing_behind():
     assert torch.equal(step(fresh(), []), torch.zeros_like(whole))
 
 
+def test_a_sum_is_released_once():
+    model = fresh()
+    wrapped = GradSampleModule(model, loss_reduction="sum")
+    optimizer = SubjectOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), PLAN)
+    wrapped(torch.ones(3, 3, dtype=torch.float64)).square().sum().backward()
+    optimizer.accumulate(3)
+    optimizer.noisy_step(Silent())
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer.noisy_step(Silent())  # nobody was drawn
+    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), after)
+
+
 class Folded(nn.Module):
     """A model that lays a record's two halves into the batch: Opacus sees two records."""
 

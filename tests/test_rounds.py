@@ -23,9 +23,12 @@ from fedaccord.evidence import canonical_json, sha256
 from fedaccord.privacy.ledger import Ledger
 from fedaccord.privacy.plan import plan_for
 from fedaccord.runs import RunFolder
-from fedaccord.server import admission, checkpoint
+from fedaccord.server import admission, checkpoint, gates
 from fedaccord.server.app import app as server_app
+from fedaccord.server.app import initial
+from fedaccord.server.rounds import student_weights
 from fedaccord.simulations import engine, heart
+from fedaccord.tasks import load_task
 
 SITES = ["cleveland", "hungary", "switzerland", "va"]
 Record = dict[str, Any]
@@ -74,6 +77,15 @@ def accord_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def entries(sites: Path, site: str) -> list[Record]:
+    """What a site's own ledger holds."""
+    book = Ledger(sites / site / "ledger.sqlite", site)
+    try:
+        return book.entries()
+    finally:
+        book.close()
+
+
 class Run:
     """One finished run: its folder, its records by kind, its sites' ledgers."""
 
@@ -89,11 +101,7 @@ class Run:
         return self.records[-1]
 
     def ledger(self, site: str) -> list[Record]:
-        book = Ledger(self.sites / site / "ledger.sqlite", site)
-        try:
-            return book.entries()
-        finally:
-            book.close()
+        return entries(self.sites, site)
 
     def used(self, kind: str) -> dict[str, list[int]]:
         return {
@@ -244,7 +252,6 @@ def test_the_sites_of_a_round_follow_from_the_seed(
     private: Run, plain: Run, tmp_path: Path
 ) -> None:
     assert invitations(plain) == invitations(private)
-    # By hand: the coordinator's own words on it are "the run's seed, among those with a slot".
     other = simulate(tmp_path, **PLAIN, **{"rounds.sites_per_round": 3, "seed": 1})
     assert invitations(other) != invitations(plain)
 
@@ -611,17 +618,21 @@ def test_an_exception_in_a_handler_travels_as_one_fixed_line(tmp_path: Path) -> 
     }
 
 
-def test_a_site_counts_nothing_for_a_run_that_it_has_not_reserved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["evaluate", "train"])
+def test_a_site_releases_nothing_for_a_run_that_it_has_not_reserved(
+    kind: str, tmp_path: Path
+) -> None:
     carrier, accord = grid(tmp_path)
-    config = ConfigRecord({"run": "run", "accord": accord.digest, "server-round": 1})
-    for kind in ("evaluate", "train"):
-        content = RecordDict({"config": config})
-        answers = admission.ask(carrier, carrier.get_node_ids(), kind, content, 60.0)
-        for answer in answers.values():
-            assert not answer.has_content() or answer.content.config_records["config"]["refused"]
-    run = Run.__new__(Run)
-    run.sites = tmp_path / "sites"
-    assert run.used("INTENT") == run.used("COUNTS") == {site: [] for site in SITES}
+    weights = student_weights(initial(accord, load_task("heart"))[0])
+    asked = {"run": "run", "accord": accord.digest, "server-round": 1}
+    content = RecordDict({"config": ConfigRecord(asked)})
+    content["arrays" if kind == "train" else "model"] = gates.to_arrays(weights)
+    answers = admission.ask(carrier, carrier.get_node_ids(), kind, content, 60.0)
+    assert len(answers) == 4
+    for answer in answers.values():
+        assert list(answer.content) == ["config"]
+        assert "reserv" in str(answer.content.config_records["config"]["refused"])
+    assert [entries(tmp_path / "sites", site) for site in SITES] == [[]] * 4
 
 
 # --- checkpoints --------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from fedaccord.reports.verify import Check, verify
 from fedaccord.runs import RunFolder
 
 SITES = ("cleveland", "hungary", "switzerland", "va")
+LEDGER = "ledgers/va.jsonl"
 Records = list[dict[str, Any]]
 
 
@@ -101,8 +102,7 @@ def put(record: Any, path: str, value: Any) -> None:
 
 
 def other_digit(text: str, place: int, rng: random.Random) -> str:
-    digit = rng.choice([d for d in "0123456789" if d != text[place]])
-    return text[:place] + digit + text[place + 1 :]
+    return text[:place] + rng.choice("0123456789".replace(text[place], "")) + text[place + 1 :]
 
 
 def digit_places(text: str) -> list[int]:
@@ -110,8 +110,8 @@ def digit_places(text: str) -> list[int]:
 
 
 def test_a_whole_run_has_no_fault_and_every_check_did_something(whole: Path) -> None:
+    assert faults(whole) == []
     checks = by_name(verify(whole))
-    assert {name: check.faults for name, check in checks.items() if check.faults} == {}
     assert list(checks)[:4] == ["files", "accord", "records", "plans"]
     assert {f"ledger of {site}" for site in SITES} < set(checks)
     assert {"figures", "models", "report.json", "report.html"} < set(checks)
@@ -189,35 +189,33 @@ def test_one_digit_changed_on_the_page_is_found_and_its_pointer_named(run: Path)
 DISPARITY = "audit.{}.figures.attributes.sex.all.{}"
 
 
-@pytest.mark.parametrize(
-    ("record", "path", "value", "source"),
-    [
-        ("round-7", DISPARITY.format("model", "demographic_parity_difference.value"), 0.512,
-         "the counts give 0."),
-        ("round-9", DISPARITY.format("student", "equalized_odds_difference.high"), 0.5,
-         "the counts give 0."),
-        ("round-20", DISPARITY.format("model", "by_group.male.selection_rate.low"), 0.1,
-         "the counts give 0."),
-        ("round-20", DISPARITY.format("model", "by_group.female.n"), 68, "the counts give 67"),
-        ("round-1", "audit.model.figures.accuracy.mean", 0.99, "the counts give 0."),
-        ("round-2", "audit.student.figures.accuracy.sites.va", 0.99, "the counts give 0."),
-        ("round-5", "epsilon.va.curve", 0.5, "its event gives 1."),
-        ("round-5", "epsilon.va.rounds_used", 4, "the invitations give 5"),
-        ("round-5", "epsilon.va.reserved", 2.5, "its plan says 2.99"),
-        ("round-5", "weights.va", 131, "the accord gives 130"),
-        ("plan/va", "epsilon.PLD", 2.5, "its event gives 2.99"),
-        ("plan/va", "epsilon.RDP", 2.5, "its event gives 3."),
-        ("plan/va", "epsilon.replace-one", 2.5, "its event gives 6."),
-        ("plan/va", "noise_stddev", 2.5, "the accord gives 2.0"),
-        ("plan/va", "entry.plan.noise_multiplier", 2.5, "the accord gives 2.0"),
-        ("plan/va", "entry.event.count", 200, "the accord gives 220"),
-        ("plan/va", "entry.cap.epsilon", 9.9, "the ledger has 3.6"),
-        ("decision-19", "stop", True, "no reason to stop"),
-        ("decision-20", "stop", False, "the rules of the accord give true"),
-        ("end", "rounds", 19, "the rounds give 20"),
-        ("start", "private", False, "the accord gives true"),
-    ],
-)  # fmt: skip
+RECOMPUTED = [
+    ("round-7", DISPARITY.format("model", "demographic_parity_difference.value"), 0.512, "counts"),
+    ("round-9", DISPARITY.format("student", "equalized_odds_difference.high"), 0.5, "counts"),
+    ("round-20", DISPARITY.format("model", "by_group.male.selection_rate.low"), 0.1, "counts"),
+    ("round-20", DISPARITY.format("model", "by_group.female.n"), 68, "the counts give 67"),
+    ("round-1", "audit.model.figures.accuracy.mean", 0.99, "the counts give 0."),
+    ("round-2", "audit.student.figures.accuracy.sites.va", 0.99, "the counts give 0."),
+    ("round-5", "epsilon.va.curve", 0.5, "its event gives 1."),
+    ("round-5", "epsilon.va.rounds_used", 4, "the invitations give 5"),
+    ("round-5", "epsilon.va.reserved", 2.5, "its plan says 2.99"),
+    ("round-5", "weights.va", 131, "the accord gives 130"),
+    ("plan/va", "epsilon.PLD", 2.5, "its event gives 2.99"),
+    ("plan/va", "epsilon.RDP", 2.5, "its event gives 3."),
+    ("plan/va", "epsilon.replace-one", 2.5, "its event gives 6."),
+    ("plan/va", "noise_stddev", 2.5, "the accord gives 2.0"),
+    ("plan/va", "entry.plan.noise_multiplier", 2.5, "the accord gives 2.0"),
+    ("plan/va", "entry.event.count", 200, "the accord gives 220"),
+    ("plan/va", "entry.cap.epsilon", 9.9, "the ledger has 3.6"),
+    ("decision-19", "stop", True, "no reason to stop"),
+    ("decision-20", "stop", False, "the rules of the accord give true"),
+    ("end", "rounds", 19, "the rounds give 20"),
+    ("start", "private", False, "the accord gives true"),
+    ("start", "model.parameters", 999, "model.safetensors holds 3"),
+]
+
+
+@pytest.mark.parametrize(("record", "path", "value", "source"), RECOMPUTED)
 def test_an_edit_whose_hashes_were_mended_is_found_by_recomputing(
     run: Path, record: str, path: str, value: Any, source: str
 ) -> None:
@@ -229,10 +227,7 @@ def test_an_edit_whose_hashes_were_mended_is_found_by_recomputing(
     assert checks["files"].faults == []
     where = f"rounds.jsonl: {record}: {path}"
     found = [fault for check in checks.values() for fault in check.faults]
-    named = [fault for fault in found if where in fault and source in fault]
-    if "cap" in path:  # a cap is the site's own, so only its ledger knows it
-        named = [fault for fault in found if f"{record}: entry.cap" in fault and source in fault]
-    assert named, found
+    assert any(where in fault and source in fault for fault in found), found
 
 
 def test_counts_that_were_edited_no_longer_give_the_figures(run: Path) -> None:
@@ -247,55 +242,36 @@ def test_counts_that_were_edited_no_longer_give_the_figures(run: Path) -> None:
     assert all("round-7" in fault for fault in found)
 
 
+def sets(path: str, value: Any) -> Callable[[Records], None]:
+    return lambda entries: put(entries, path, value)
+
+
+def drops(kind: str) -> Callable[[Records], Records]:
+    return lambda e: [entry for entry in e if (entry["kind"], entry.get("round")) != (kind, 4)]
+
+
 LEDGER_EDITS: dict[str, tuple[Callable[[Records], Records | None], str]] = {
-    "a smaller epsilon": (
-        lambda e: put(e, "0.epsilon", 1.5),
-        "entry 1 (RESERVE): epsilon says 1.5",
-    ),
-    "an event of fewer steps": (lambda e: put(e, "0.event.count", 20), "entry 1 (RESERVE): event"),
-    "another digest of the plan": (lambda e: put(e, "0.plan_digest", "0" * 64), "plan_digest"),
-    "a cap below what was reserved": (lambda e: put(e, "0.cap.epsilon", 2.0), "cap.epsilon says 2"),
-    "a plan with less noise": (
-        lambda e: put(e, "0.plan.noise_multiplier", 1.0),
-        "entry 1 (RESERVE): event",
-    ),
-    "an INTENT removed": (
-        lambda e: [x for x in e if not (x["kind"] == "INTENT" and x["round"] == 4)],
-        "round 4 has no INTENT before it",
-    ),
-    "a RELEASE removed": (
-        lambda e: [x for x in e if not (x["kind"] == "RELEASE" and x["round"] == 4)],
-        "round 4: an update was accepted, but no RELEASE",
-    ),
-    "a COUNTS removed": (
-        lambda e: [x for x in e if not (x["kind"] == "COUNTS" and x["round"] == 4)],
-        "round 4: counts were audited, but no COUNTS",
-    ),
-    "fewer cells than were sent": (lambda e: put(e, "3.cells", 8), "round 1: cells says 8"),
-    "a release said to be covered by nothing": (
-        lambda e: put(e, "2.covers", "not covered"),
-        "entry 3 (RELEASE): covers",
-    ),
+    "a smaller epsilon": (sets("0.epsilon", 1.5), "entry 1 (RESERVE): epsilon says 1.5"),
+    "an event of fewer steps": (sets("0.event.count", 20), "entry 1 (RESERVE): event"),
+    "another digest of the plan": (sets("0.plan_digest", "0" * 64), "plan_digest"),
+    "a cap below what was reserved": (sets("0.cap.epsilon", 2.0), "cap.epsilon says 2"),
+    "a plan with less noise": (sets("0.plan.noise_multiplier", 1.0), "entry 1 (RESERVE): event"),
+    "an INTENT removed": (drops("INTENT"), "round 4 has no INTENT before it"),
+    "a RELEASE removed": (drops("RELEASE"), "round 4: an update was accepted, but no RELEASE"),
+    "a COUNTS removed": (drops("COUNTS"), "round 4: counts were audited, but no COUNTS"),
+    "fewer cells than were sent": (sets("3.cells", 8), "round 1: cells says 8"),
+    "a release covered by nothing": (sets("2.covers", "not covered"), "entry 3 (RELEASE): covers"),
     "the reservation twice": (lambda e: [e[0], dict(e[0]), *e[1:]], "reserves a second time"),
-    "the reservation removed": (lambda e: e[1:], "has reserved nothing"),
     "a slot used twice": (lambda e: [*e[:2], dict(e[1]), *e[2:]], "round 1 has two INTENTs"),
-    "another site's entry": (lambda e: put(e, "5.site", "hungary"), "entry 6"),
-    "a hidden earlier run": (
-        lambda e: [{**e[0], "run": "earlier"}, *e],
-        "the ledger up to here adds up to",
-    ),
+    "another site's entry": (sets("5.site", "hungary"), "entry 6"),
+    "a hidden earlier run": (lambda e: [{**e[0], "run": "earlier"}, *e], "up to here adds up to"),
 }
 
 
 @pytest.mark.parametrize("edit", LEDGER_EDITS)
 def test_a_ledger_whose_hashes_were_mended_is_found_by_recomputing(run: Path, edit: str) -> None:
     change, words = LEDGER_EDITS[edit]
-    if edit == "the reservation removed":
-        with pytest.raises(StopIteration):  # there is no copy left to mend
-            rewrite_ledger(run, "va", change)
-        RunFolder(run).seal()
-    else:
-        rewrite_ledger(run, "va", change)
+    rewrite_ledger(run, "va", change)
     checks = by_name(verify(run))
     found = checks["ledger of va"].faults
     assert any(words in fault for fault in found), found
@@ -318,11 +294,6 @@ RECORD_EDITS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
     "one doubled": (lambda lines: [*lines[:10], *lines[9:]], "round-3 stands there more than once"),
     "a plan removed": (lambda lines: lines[:4] + lines[5:], "site va has neither a plan"),
 }
-START_EDITS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
-    "the first removed": (lambda lines: lines[1:], "the first record is not start"),
-    "all removed": (lambda lines: [], "there is no start record"),
-    "half a line at the end": (lambda lines: [*lines[:-1], lines[-1][:40]], "line 46"),
-}
 
 
 @pytest.mark.parametrize("mended", [False, True], ids=["as it is", "hashes mended"])
@@ -340,13 +311,13 @@ def test_records_removed_swapped_or_doubled_are_named(run: Path, edit: str, mend
     assert mended or checks["files"].faults
 
 
-@pytest.mark.parametrize("edit", START_EDITS)
-def test_records_without_a_start_or_a_whole_end_are_a_fault(run: Path, edit: str) -> None:
-    change, words = START_EDITS[edit]
-    path = run / "rounds.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join(change(lines)), encoding="utf-8")
-    assert any(words in fault for fault in faults(run))
+def test_records_without_a_start_or_a_whole_end_are_a_fault(run: Path) -> None:
+    text = (run / "rounds.jsonl").read_text(encoding="utf-8")
+    first = text.index("\n") + 1
+    for left, words in ((text[first:], "first record is not start"), ("", "no start record"),
+                        (text[:-50], "line 46 is no JSON object")):  # fmt: skip
+        (run / "rounds.jsonl").write_text(left, encoding="utf-8")
+        assert any(words in fault for fault in faults(run))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "student.safetensors"])
@@ -358,45 +329,28 @@ def test_a_changed_model_is_found(run: Path, name: str) -> None:
     assert any(f.startswith(f"{name}: SHA-256") for f in by_name(verify(run))["models"].faults)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["accord.toml", "rounds.jsonl", "manifest.json", "model.safetensors", "ledgers/va.jsonl"],
-)
-def test_a_removed_file_is_a_fault_that_names_it(run: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["accord.toml", "rounds.jsonl", "manifest.json", LEDGER])
+def test_a_file_removed_or_added_is_a_fault_that_names_it(run: Path, name: str) -> None:
     (run / name).unlink()
-    assert any(name in fault for fault in faults(run))
+    (run / "ledgers" / "another.jsonl").write_text("{}\n")  # and one that was added
+    for file in (name, "another.jsonl"):
+        assert any(file in fault for fault in faults(run))
 
 
-def test_an_added_file_is_a_fault(run: Path) -> None:
-    (run / "ledgers" / "another.jsonl").write_text("{}\n")
-    assert any("another.jsonl" in fault for fault in faults(run))
-
-
-def test_a_stamp_or_a_limit_taken_off_the_page_is_found(run: Path) -> None:
+def test_a_limit_taken_off_the_page_and_a_number_put_on_it_are_found(run: Path) -> None:
     path = run / "report.html"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(r'<span data-ref="/not_protected/0">.*?</span>', "", text))
-    assert any("/not_protected/0 is missing" in fault for fault in faults(run))
-
-
-def test_a_number_tied_to_nothing_on_the_page_is_found(run: Path) -> None:
-    path = run / "report.html"
-    text = path.read_text(encoding="utf-8")
+    text = re.sub(r'<span data-ref="/not_protected/0">.*?</span>', "", path.read_text())
     path.write_text(text.replace("</main>", "<p>Accuracy 0.999</p></main>"))
-    assert any("Accuracy 0.999" in fault for fault in faults(run))
+    for words in ("/not_protected/0 is missing", "Accuracy 0.999"):
+        assert any(words in fault for fault in faults(run))
 
 
-FILES = ["rounds.jsonl", "ledgers/va.jsonl", "accord.toml", "manifest.json", "report.json",
-         "report.html", "model.safetensors"]  # fmt: skip
+FILES = ["rounds.jsonl", LEDGER, "accord.toml", "manifest.json", "report.json"]
+FILES += ["report.html", "model.safetensors"]
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    name=st.sampled_from(FILES),
-    where=st.floats(0, 1),
-    length=st.integers(0, 200),
-    junk=st.binary(max_size=20),
-)
+@given(st.sampled_from(FILES), st.floats(0, 1), st.integers(0, 200), st.binary(max_size=20))
 def test_damage_of_any_kind_is_never_an_exception(
     whole: Path, tmp_path: Path, name: str, where: float, length: int, junk: bytes
 ) -> None:
@@ -414,7 +368,7 @@ def test_damage_of_any_kind_is_never_an_exception(
 
 
 @pytest.mark.parametrize("line", ["null", "[]", "3", '"end"', "{}", '{"id":"x"}', "[" * 10_000])
-@pytest.mark.parametrize("name", ["rounds.jsonl", "ledgers/va.jsonl"])
+@pytest.mark.parametrize("name", ["rounds.jsonl", LEDGER])
 def test_a_line_that_is_no_record_is_a_fault_that_names_the_line(
     run: Path, name: str, line: str
 ) -> None:
@@ -425,29 +379,18 @@ def test_a_line_that_is_no_record_is_a_fault_that_names_the_line(
     assert any("7" in fault or '"x"' in fault or "None" in fault for fault in found), found
 
 
-@pytest.mark.parametrize("fixture", ["accord", "records"])
-def test_a_folder_that_holds_nothing_of_a_run_is_refused(tmp_path: Path, fixture: str) -> None:
-    with pytest.raises(EvidenceError, match="not a run folder"):
-        verify(tmp_path / fixture)
+def test_a_folder_that_holds_nothing_of_a_run_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(EvidenceError, match="not a run folder"):
+            verify(folder)
 
 
-@pytest.mark.parametrize(
-    ("full", "shown", "up", "holds"),
-    [
-        ("0.41249", "0.412", False, True),
-        ("0.41249", "0.413", False, False),
-        ("2.8437", "2.85", True, True),
-        ("2.8437", "2.84", True, False),
-        ("2.8437", "2.86", True, False),
-        ("3.0", "3.00", True, True),
-        ("19294", "19,294", False, True),
-        ("1e-05", "1e-05", False, True),
-        ("1e-05", "2e-05", False, False),
-        ("infinite", "infinite", True, True),
-        ("infinite", "3.00", True, False),
-        ("0.5", "half", False, False),
-        ("0.5", "nan", False, False),
-    ],
-)
-def test_what_counts_as_a_rounding(full: str, shown: str, up: bool, holds: bool) -> None:
-    assert rounds_to(full, shown, up) is holds
+def test_what_counts_as_a_rounding() -> None:
+    for full, shown in (("0.41249", "0.412"), ("19294", "19,294"), ("1e-05", "1e-05")):
+        assert rounds_to(full, shown, up=False)
+    for full, shown in (("0.41249", "0.413"), ("1e-05", "2e-05"), ("0.5", "half"), ("0.5", "nan")):
+        assert not rounds_to(full, shown, up=False)
+    for full, shown in (("2.8437", "2.85"), ("3.0", "3.00"), ("infinite", "infinite")):
+        assert rounds_to(full, shown, up=True)
+    for full, shown in (("2.8437", "2.84"), ("2.8437", "2.86"), ("infinite", "3.00")):
+        assert not rounds_to(full, shown, up=True)
