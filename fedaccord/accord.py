@@ -115,8 +115,8 @@ class PrivacySection(Section):
     """[privacy]: the protection of each training subject at its site."""
 
     enabled: bool = True
-    target_epsilon: float | None = Field(default=None, gt=0, le=100)
-    noise_multiplier: float | None = Field(default=None, gt=0, le=10_000)
+    target_epsilon: float | None = Field(default=None, gt=0, le=20)
+    noise_multiplier: float | None = Field(default=None, ge=0.3, le=10_000)
     delta: float = Field(default=1e-5, gt=0, lt=0.1)
     max_epsilon: float = Field(default=10.0, gt=0, le=100)
     sampling_prob: float = Field(gt=0, le=1)

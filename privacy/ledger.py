@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from fedaccord.privacy import accounting
 from fedaccord.privacy.plan import PrivacyPlan
 
 GENESIS = "0" * 64
+WAIT = 120.0  # seconds to wait for other processes that use the file
 RESERVATIONS = ("RESERVE", "NONPRIVATE")
 Entry = dict[str, Any]
 
@@ -52,6 +54,25 @@ class Cap:
 
     epsilon: float
     delta: float
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open or create the file, also where other processes create it at the same moment.
+
+    SQLite waits by itself for a transaction, but not for the switch to WAL.
+    """
+    db = sqlite3.connect(path, timeout=WAIT, isolation_level=None)
+    end = time.monotonic() + WAIT
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            db.executescript(_SCHEMA)
+            return db
+        except sqlite3.OperationalError as fault:
+            if "locked" not in str(fault) or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
 
 
 def chain(previous: str, body: str) -> str:
@@ -104,10 +125,7 @@ class Ledger:
         self.path, self.site = path, site
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=120, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_SCHEMA)
+            self._db = _connect(path)
             # Read first: what another process appends meanwhile only makes the ledger longer.
             (written,) = self._db.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()
             entries = self.entries()

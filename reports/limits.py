@@ -131,6 +131,6 @@ _ALWAYS = [
 _ENGINES = {
     "": "If the sites were simulated, they shared one machine and its operator could read all "
     "records.",
-    "in-process": "The sites were simulated in one process on one machine: its operator could read "
-    "all records.",
+    "InProcessGrid": "The sites were simulated in one process on one machine: its operator could "
+    "read all records.",
 }

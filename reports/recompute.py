@@ -164,8 +164,13 @@ def check_site(check: Check, site: str, mine: list[Record], records: list[Record
         )
         invited = site in record["invited"]
         check.holds(invited or not intent, f"{about}INTENT, but the site was not invited")
-        accepted = record["replies"].get(site, {}).get("accepted", False)
-        check.holds(release or not accepted, f"{about}an update was accepted, but no RELEASE")
+        reply = record["replies"].get(site, {})
+        accepted = reply.get("accepted", False)
+        words = f"{about}an update was accepted, but no RELEASE"
+        if check.holds(release or not accepted, words) and accepted:
+            stored = entries["RELEASE", record["round"]].get("sha256")
+            path = f"rounds.jsonl: {record['id']}: replies.{site}.sha256"
+            check.equal(path, reply.get("sha256"), stored, "the site's RELEASE has")
         tables = {w: c["counts"].get(site) for w, c in _sections(record)}
         sent = {which: table for which, table in tables.items() if table is not None}
         if check.holds(counts or not sent, f"{about}counts were audited, but no COUNTS") and sent:

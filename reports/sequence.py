@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 from fedaccord.accord import Accord
@@ -116,6 +117,8 @@ def check_rounds(check: Check, records: list[Record], accord: Accord) -> None:
     if end is not None and end["stop"] != "refused":
         check.equal("rounds.jsonl: end: rounds", end["rounds"], finished, "the rounds give")
         check.equal("rounds.jsonl: end: model", end["model"], model, "the last round has")
+        last = [r["student"] for r in records if r["kind"] == "round"][-1:]
+        check.equal("rounds.jsonl: end: student", [end["student"]], last, "the last round has")
     for record in (r for r in records if r["kind"] == "decision"):
         _check_decision(check, record, records, accord)
 
@@ -150,8 +153,9 @@ def _check_decision(check: Check, record: Record, records: list[Record], accord:
     rules, audit = accord.fairness, rounds[-1]["audit"] if rounds else None
     target, must = accord.rounds.target_accuracy, False
     if audit and rules.stop_on_breach and rules.max_parity_difference is not None:
-        for name in rules.attributes:
-            whole = audit["model"]["figures"]["attributes"][name]["all"]
+        sections = [audit[which] for which in ("model", "student") if which in audit]
+        for section, name in product(sections, rules.attributes):
+            whole = section["figures"]["attributes"][name]["all"]
             value = whole["demographic_parity_difference"]["value"]
             must |= value is not None and value > rules.max_parity_difference
     if audit and target is not None:

@@ -49,7 +49,8 @@ def main(grid: Grid, context: Context) -> None:
     check_against_task(accord, task)
     model, student = initial(accord, task)
     folder = open_folder(str(context.run_config.get("run", "")), where, accord)
-    folder.append(start_record(accord, task, model, student))
+    about = {"run": folder.id, "engine": type(grid).__name__}
+    folder.append(about | start_record(accord, task, model, student))
     places, out = admission.admit(grid, accord, folder.id)
     for site, reason in sorted(out.items()):
         folder.append({"id": f"out/{site}", "kind": "out", "site": site, "reason": reason})
@@ -222,6 +223,7 @@ def finish(coordinator: Coordinator, reason: str) -> None:
             "reason": reason,
             "rounds": coordinator.finished,
             "model": checkpoint.weights_digest(coordinator.model),
+            "student": checkpoint.weights_digest(student_weights(student)) if student else None,
             "ledgers": sorted(ledgers),
         }
     )

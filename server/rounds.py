@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,7 @@ class Coordinator:
         replies: dict[str, dict[str, Any]] = {}
         for verdict, _ in verdicts:
             said: dict[str, Any] = {"accepted": not verdict.reason, "reason": verdict.reason}
-            said |= {"update_norm": verdict.norm} if verdict.norm is not None else {}
+            said |= accepted_update(verdict)
             first = replies.setdefault(verdict.site, said)
             if first is not said:  # the first reply counts; that there were more is on record
                 first["further"] = [*first.get("further", []), verdict.reason]
@@ -203,13 +204,15 @@ class Coordinator:
         rule = self.accord.fairness
         if audit is None or rule.max_parity_difference is None or not rule.stop_on_breach:
             return ""
-        for name in rule.attributes:
-            figure = audit["model"]["figures"]["attributes"][name]["all"]
+        for section, name in product(("model", "student"), rule.attributes):
+            if section not in audit:
+                continue
+            figure = audit[section]["figures"]["attributes"][name]["all"]
             value = figure["demographic_parity_difference"]["value"]
             if value is not None and value > rule.max_parity_difference:
                 return (
-                    f"fairness rule: the demographic parity difference by {name}, {value:.3f}, "
-                    f"is above {rule.max_parity_difference:g}"
+                    f"fairness rule: the demographic parity difference of the {section} by {name}, "
+                    f"{value:.3f}, is above {rule.max_parity_difference:g}"
                 )
         return ""
 
@@ -254,6 +257,13 @@ class Coordinator:
             "accord": self.accord.digest,
             "server-round": self.number,
         }
+
+
+def accepted_update(verdict: Verdict) -> dict[str, Any]:
+    """Describe an accepted update: its length, and the hash that its site's RELEASE has as well."""
+    if verdict.weights is None:
+        return {}
+    return {"update_norm": verdict.norm, "sha256": checkpoint.weights_digest(verdict.weights)}
 
 
 def student_weights(student: torch.nn.Module) -> Weights:

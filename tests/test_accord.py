@@ -12,12 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
-from pydantic.fields import PydanticUndefined
 
 from fedaccord import accord as accords
-from fedaccord import registry
-from fedaccord.accord import Accord
 from fedaccord.errors import AccordError
 
 HEART = accords.bundled()["heart"]
@@ -86,32 +82,6 @@ def test_the_digest_does_not_depend_on_comments_blank_lines_or_a_byte_order_mark
     assert accords.load(tmp_path / "bare.toml").digest == accords.load("heart").digest
 
 
-@given(st.data())
-def test_a_default_that_is_left_out_has_the_digest_of_one_that_is_written(
-    data: st.DataObject,
-) -> None:
-    optional = [p for p in leaves(FULL) if "default" in documented().get(p, "")]
-    plain = copy.deepcopy(DATA)
-    for path in optional:  # first everything at its default ...
-        default = field(path).get_default(call_default_factory=True)
-        plain = edited(path, default if default is not None else "", plain)
-        if default is None:
-            plain = edited(path, None, plain)
-    whole = accords.parse(plain).digest
-    some = data.draw(st.sets(st.sampled_from([p for p in optional if has(plain, p)])))
-    for path in some:  # ... then some of it left out
-        plain = edited(path, None, plain)
-    assert accords.parse(plain).digest == whole
-
-
-def has(data: dict[str, Any], path: str) -> bool:
-    try:
-        at(data, path)
-    except KeyError:
-        return False
-    return True
-
-
 # A second valid value for what cannot simply be counted up or have a letter added.
 OTHERS = {
     "model.name": "mlp",
@@ -156,78 +126,11 @@ def test_noise_given_by_its_multiplier_is_another_accord() -> None:
     assert len(digests) == 3
 
 
-# --- heart.toml is the reference ----------------------------------------------------------------
+def test_the_digest_is_the_hash_of_canonical_json() -> None:
+    import hashlib
 
-
-def field(path: str) -> Any:
-    """The pydantic field at a dotted path; a number stands for a list's place."""
-    model: Any = Accord
-    *tables, key = [part for part in path.split(".") if not part.isdigit()]
-    for table in tables:
-        annotation = model.model_fields[table].annotation
-        inner = [annotation, *getattr(annotation, "__args__", ())]
-        (model,) = [t for t in inner if isinstance(t, type) and issubclass(t, BaseModel)]
-    return model.model_fields[key]
-
-
-def documented() -> dict[str, str]:
-    """Each key of heart.toml by its path, commented-out ones too, with the comment beside it."""
-    out: dict[str, str] = {}
-    table, block = "", ""
-    for line in TEXT.splitlines():
-        header = re.match(r"\[+([a-z]+)\]+\s*(?:# (.*))?$", line)
-        key = re.match(r"(?:# )?([a-z_]+) = (.+?)(?:\s+# (.*))?$", line)
-        if header:
-            table, block = header[1], block + (header[2] or "")
-        elif key:
-            path = f"{table}.{key[1]}" if table else key[1]
-            # The roster's keys are explained once, above its first table.
-            out.setdefault(path, key[3] or (block if table == "sites" else ""))
-        block = block + line if line.startswith("#") and not key else ("" if not line else block)
-    return out
-
-
-def keys(model: type[BaseModel], path: str = "") -> list[str]:
-    out = []
-    for name, info in model.model_fields.items():
-        inner = [info.annotation, *getattr(info.annotation, "__args__", ())]
-        below = [t for t in inner if isinstance(t, type) and issubclass(t, BaseModel)]
-        here = f"{path}.{name}" if path else name
-        out += keys(below[0], here) if below else [here]
-    return out
-
-
-def test_the_heart_accord_has_every_key_there_is_and_no_other() -> None:
-    assert sorted(documented()) == sorted(keys(Accord))
-
-
-@pytest.mark.parametrize("path", keys(Accord))
-def test_every_key_is_explained_by_a_comment(path: str) -> None:
-    comment = documented()[path]
-    assert comment.strip() != ""
-    if path.startswith("sites."):
-        assert "roster" in comment
-
-
-@pytest.mark.parametrize("path", keys(Accord))
-def test_a_comment_says_the_default_that_the_code_has(path: str) -> None:
-    default = field(path).default
-    said = re.search(r"\(default(?:: | )?(.*?)\)", documented()[path])
-    if default is PydanticUndefined:
-        assert said is None, "a default is documented, and the key is required"
-        return
-    if path in ("privacy.target_epsilon", "privacy.noise_multiplier"):
-        assert default is None  # one of the two must be given; the comments say so
-        assert "target_epsilon" in documented()["privacy.noise_multiplier"]
-        assert "noise_multiplier" in documented()["privacy.target_epsilon"]
-        return
-    assert said is not None, "the code has a default, and the comment does not say it"
-    if default in (None, {}):
-        assert said[1] == "none" or said[1].startswith("all ")
-    elif said[1] == "":  # "(default)": what stands on the line
-        assert default == at(DATA, path)
-    else:
-        assert tomllib.loads(f"value = {said[1]}")["value"] == default
+    text = json.dumps(FULL, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert hashlib.sha256(text.encode()).hexdigest() == accords.parse(DATA).digest
 
 
 # --- one sentence a fault -----------------------------------------------------------------------
@@ -411,55 +314,3 @@ def test_a_file_that_is_not_there_is_refused_and_the_bundled_names_are_listed(wh
         accords.load(where)
     assert str(caught.value).startswith(f'accord "{where}"')
     assert "(heart)" in str(caught.value) or "cannot be read" in str(caught.value)
-
-
-# --- the registry -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed package that offers a model of its own, one named like ours, and broken ones."""
-    info = tmp_path / "theirs-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[fedaccord.models]\n"
-        "wide = theirs:wide\nmlp = theirs:stolen\ngone = theirs:gone\nabsent = no_such_module:x\n"
-    )
-    (tmp_path / "theirs.py").write_text(
-        "from fedaccord.models.tabular import mlp\n"
-        "def wide(spec, width=3): return mlp(spec, hidden=width)\n"
-        "def stolen(spec): raise RuntimeError('this is not the mlp of FedAccord')\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
-
-
-def test_a_package_can_add_a_model_by_an_entry_point(package: Path) -> None:
-    assert registry.known("model") == ["absent", "cnn1d", "gone", "mlp", "wide"]
-    assert accords.parse(edited("model.name", "wide")).model.name == "wide"
-    assert registry.load("model", "wide").__module__ == "theirs"
-
-
-def test_a_package_cannot_take_over_a_name_of_ours(package: Path) -> None:
-    assert registry.load("model", "mlp").__module__ == "fedaccord.models.tabular"
-
-
-@pytest.mark.parametrize("name", ["gone", "absent"])
-def test_an_entry_point_that_does_not_load_is_refused_in_one_line(name: str, package: Path) -> None:
-    with pytest.raises(AccordError, match=f'model "{name}" cannot be loaded from') as caught:
-        registry.load("model", name)
-    assert "\n" not in str(caught.value)
-
-
-def test_every_name_of_ours_leads_to_something_that_can_be_called() -> None:
-    for kind in ("task", "model", "strategy"):
-        for name in registry.known(kind):
-            assert callable(registry.load(kind, name))
-
-
-def test_the_digest_is_the_hash_of_canonical_json() -> None:
-    import hashlib
-
-    text = json.dumps(FULL, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    assert hashlib.sha256(text.encode()).hexdigest() == accords.parse(DATA).digest

@@ -159,7 +159,7 @@ def test_a_site_without_a_slot_reads_nothing(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"privacy": {"noise_multiplier": 0.1}},
+        {"privacy": {"noise_multiplier": 0.3}},
         {"privacy": {"sampling_prob": 1.0}},
         {"training": {"steps": 2_000}},
         {"rounds": {"rounds": 300}},

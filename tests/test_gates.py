@@ -129,19 +129,6 @@ def identity(**said: object) -> RecordDict:
     return out
 
 
-def two_records() -> RecordDict:
-    out = content("va")
-    out["more"] = gates.to_arrays(honest("va"))
-    return out
-
-
-def renamed() -> RecordDict:
-    out = content("va")
-    out["weights"] = out.array_records["arrays"]
-    del out["arrays"]
-    return out
-
-
 def put(name: str, array: Array | None) -> RecordDict:
     return content("va", {name: array})
 
@@ -161,7 +148,7 @@ def zeros(*shape: int, dtype: str = "float32") -> Array:
 
 
 REFUSED = RecordDict({"config": ConfigRecord({"refused": "No."})})
-BARE = RecordDict({"config": content("va").config_records["config"]})
+ARRAYS, CONFIG = (content("va")[name] for name in ("arrays", "config"))
 OTHER_NAMES = "form: names of the weights differ from the global model's"
 ONE_RECORD = "form: exactly one record of arrays is expected"
 UNREADABLE = "form: 0.weight cannot be read"
@@ -182,9 +169,9 @@ ATTACKS: dict[str, tuple[RecordDict | Error, str]] = {
     "whole numbers": (put("0.bias", zeros(3, dtype="int64")), "form: 0.bias is int64[3], not fl"),
     "a weight left out": (put("0.bias", None), OTHER_NAMES),
     "a weight too many": (put("9.bias", zeros(3)), OTHER_NAMES),
-    "no arrays": (BARE, ONE_RECORD),
-    "two records of arrays": (two_records(), ONE_RECORD),
-    "a record of another name": (renamed(), ONE_RECORD),
+    "no arrays": (RecordDict({"config": CONFIG}), ONE_RECORD),
+    "two records": (RecordDict({"arrays": ARRAYS, "more": ARRAYS, "config": CONFIG}), ONE_RECORD),
+    "a record of another name": (RecordDict({"more": ARRAYS, "config": CONFIG}), ONE_RECORD),
     "nothing at all": (RecordDict(), IDENTITY),
     "a round that is over": (identity(round=1), IDENTITY),
     "a round to come": (identity(round=3), IDENTITY),
@@ -369,19 +356,9 @@ def test_counts_are_read_by_group_label_and_prediction() -> None:
     assert read(counted()) == ("", {"model": {"sex": table}, "student": {"sex": table}})
 
 
-def lacking(section: str) -> RecordDict:
-    out = counted()
-    del out[section]
-    return out
-
-
-def adding() -> RecordDict:
-    out = counted()
-    out["teacher"] = MetricRecord({"sex": list(GOOD)})
-    return out
-
-
+TABLE = MetricRecord({"sex": list(GOOD)})
 COUNTS = "form: counts of model by sex"
+EXACTLY = "form: counts of exactly model, student are expected"
 COUNT_ATTACKS: dict[str, tuple[RecordDict | Error, str]] = {
     "negative": (counted([-1, *GOOD[1:]]), f"{COUNTS} are not whole numbers from 0 up"),
     "a cell too few": (counted(GOOD[:7]), f"{COUNTS} are not [2, 2, 2]"),
@@ -392,8 +369,8 @@ COUNT_ATTACKS: dict[str, tuple[RecordDict | Error, str]] = {
     "whole floats": (counted([1.0] * 8), f"{COUNTS} are not whole numbers from 0 up"),
     "a NaN": (counted([np.nan] * 8), f"{COUNTS} are not whole numbers from 0 up"),
     "more than any site has": (counted([2**62, *GOOD[1:]]), f"{COUNTS} sum to more than"),
-    "no counts of the student": (lacking("student"), "form: counts of exactly model, student are"),
-    "counts of an unknown model": (adding(), "form: counts of exactly model, student are"),
+    "no counts of the student": (RecordDict({"model": TABLE, "config": CONFIG}), EXACTLY),
+    "counts of an unknown model": (RecordDict({**counted(), "teacher": TABLE}), EXACTLY),
     "nothing": (RecordDict(), IDENTITY),
     "another round": (counted(round=1), IDENTITY),
     "another site": (counted(site="hungary"), IDENTITY),

@@ -8,6 +8,7 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing, contextmanager
 
@@ -340,6 +341,18 @@ def test_a_fault_inside_a_transaction_leaves_nothing(ledger, path):
         raise KeyboardInterrupt
     assert rows(path) == []
     reserve(ledger)
+
+
+@pytest.mark.parametrize("lock", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
+def test_opening_waits_for_another_process_that_creates_the_file(path, lock):
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as raw:
+        raw.execute(lock)
+        done = threading.Timer(0.3, lambda: raw.execute("ROLLBACK"))
+        done.start()
+        with closing(Ledger(path, "ward")) as ledger:
+            assert reserve(ledger)["seq"] == 1
+        done.join()
 
 
 RACER = """

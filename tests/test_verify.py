@@ -349,7 +349,9 @@ FILES = ["rounds.jsonl", LEDGER, "accord.toml", "manifest.json", "report.json"]
 FILES += ["report.html", "model.safetensors"]
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.sampled_from(FILES), st.floats(0, 1), st.integers(0, 200), st.binary(max_size=20))
 def test_damage_of_any_kind_is_never_an_exception(
     whole: Path, tmp_path: Path, name: str, where: float, length: int, junk: bytes
