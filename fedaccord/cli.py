@@ -19,6 +19,7 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray listens on every network interface
 }
 
 app = typer.Typer(
@@ -142,6 +143,13 @@ def main() -> None:
         app()
     except FedAccordError as error:
         print(f"fedaccord: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a disk that is full or gone in the middle of a run
+        print(
+            f"fedaccord: {error.filename or 'a file'}: {error.strerror or error}. Free or mend the "
+            "disk; what was finished is kept.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("fedaccord: interrupted; what was finished is kept", file=sys.stderr)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedaccord import registry
+from fedaccord.errors import AccordError
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,12 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """Build a task by name without reading any private record.
 
     Raises:
-        AccordError: an unknown name.
+        AccordError: an unknown name, or options that the task does not have or cannot take.
     """
-    task: Task = registry.load("task", name)(**(options or {}))
+    make = registry.load("task", name)
+    try:
+        task: Task = make(**(options or {}))
+    except (TypeError, ValueError) as fault:
+        first = str(fault).splitlines()[0]
+        raise AccordError(f'task "{name}": {first}. Change task.options.') from None
     return task

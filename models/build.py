@@ -34,7 +34,8 @@ def build(
         try:
             model: nn.Module = make(spec, **options)
         except (TypeError, ValueError, RuntimeError) as fault:
-            raise AccordError(f'model "{name}": {fault}. Change its options.') from None
+            first = (str(fault) or type(fault).__name__).splitlines()[0]
+            raise AccordError(f'model "{name}": {first}. Change its options.') from None
     return model
 
 

@@ -9,6 +9,7 @@ import pytest
 from fedaccord import accord as accords
 from fedaccord import registry
 from fedaccord.errors import AccordError
+from fedaccord.tasks import load_task
 
 
 @pytest.fixture
@@ -52,3 +53,8 @@ def test_every_name_of_ours_leads_to_something_that_can_be_called() -> None:
     for kind in ("task", "model", "strategy"):
         for name in registry.known(kind):
             assert callable(registry.load(kind, name))
+
+
+def test_an_option_that_a_task_does_not_have_is_one_line() -> None:
+    with pytest.raises(AccordError, match=r'^task "heart": .*takes no arguments.*task\.options\.$'):
+        load_task("heart", {"ward": 7})
