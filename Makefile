@@ -26,7 +26,7 @@ demo: $(STAMPS)/demo
 install: $(STAMPS)/test
 
 test: $(STAMPS)/test
-	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint types package
 

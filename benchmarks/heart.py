@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fedaccord import accord as accords
+from fedaccord.privacy.plan import plan_for
 from fedaccord.runs import RunFolder
 from fedaccord.simulations import display, engine
 from fedaccord.tasks import load_task
@@ -74,8 +75,7 @@ def main() -> None:
     for column in ("training", "model", "student", "parity diff.", "s a run"):
         table.add_column(column, justify="left" if column == "training" else "right")
     heart = accords.load("heart")
-    asked = f"epsilon {heart.privacy.target_epsilon:g}, delta {heart.privacy.delta:g}"
-    for private, name in ((False, "without privacy"), (True, asked)):
+    for private, name in ((False, "without privacy"), (True, "with privacy")):
         rows, began = [], time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             for seed in track(list(seeds), name, transient=True):
@@ -92,8 +92,10 @@ def main() -> None:
         table.add_row(name, *cells, mean_sd([p["value"] for p in parity]), f"{spent:.0f}")
     table.add_row('"disease" for all', f"{constant():.3f}", "-", "-", "-")
     Console().print(table)
-    print("Mean +- standard deviation over seeds. Epsilon is per training patient at a hospital,")
-    print("add-or-remove-one, PLD, over all reserved rounds. parity diff.: of the model, by sex.")
+    site = max(heart.roster, key=lambda name: heart.roster[name])
+    plan = plan_for(heart, site)
+    print("Mean +- standard deviation over seeds. parity diff.: of the model, by sex.")
+    print(f"With privacy: {plan.statement() if plan else 'off'}")
 
 
 if __name__ == "__main__":
