@@ -101,7 +101,15 @@ def simulate(
     from fedaccord.simulations import display
 
     console = Console()
-    table = display.simulate(agreed, accord, run, sites or run / "sites", console)
+    try:
+        table = display.simulate(agreed, accord, run, sites or run / "sites", console)
+    except KeyboardInterrupt:
+        print(
+            f"fedaccord: interrupted. What was finished is in {run}; what the sites reserved stays "
+            "in their ledgers.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
     page = write_report(run)
     console.print(table)
     outcome = json.loads((run / "report.json").read_text(encoding="utf-8"))
@@ -151,9 +159,6 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("fedaccord: interrupted; what was finished is kept", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

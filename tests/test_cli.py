@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +17,16 @@ from fedaccord import cli
 from fedaccord.privacy import accounting
 from fedaccord.privacy.ledger import Ledger
 from fedaccord.privacy.plan import plan_for
+from fedaccord.runs import RunFolder
 
 HEART = accords.bundled()["heart"].read_text(encoding="utf-8")
 HEAVY = {"torch", "flwr", "opacus", "fairlearn", "dp_accounting", "matplotlib", "ray"}
+
+# A test runner in the background ignores SIGINT, and its children would as well.
+INTERRUPTIBLE = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from fedaccord.cli import main; main()"
+)
 
 TINY = """
 name = "tiny"
@@ -227,3 +236,20 @@ def test_a_second_run_on_the_same_sites_that_does_not_fit_is_refused_before_roun
         rounds = [(e["kind"], e["run"] == second.name) for e in book.entries()]
         assert [kind for kind, of_second in rounds if of_second] == ["REFUSAL"]
         book.close()
+
+
+def test_ctrl_c_says_where_the_finished_rounds_are(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", INTERRUPTIBLE, "simulate", "heart", "--out", str(tmp_path)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while running.poll() is None and not list(tmp_path.glob("*/checkpoints/*")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    (run,) = tmp_path.iterdir()
+    assert running.returncode == 130
+    assert err.splitlines()[-1].startswith(
+        f"fedaccord: interrupted. What was finished is in {run};"
+    )
+    assert RunFolder.open(run).records()[0]["kind"] == "start"
