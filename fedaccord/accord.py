@@ -126,9 +126,10 @@ class PrivacySection(Section):
     @model_validator(mode="after")
     def _one_of_two(self) -> PrivacySection:
         if self.enabled and (self.target_epsilon is None) == (self.noise_multiplier is None):
+            remedy = "Give one" if self.target_epsilon is None else "Keep one, remove the other"
             raise _Fault(
                 "privacy: exactly one of target_epsilon and noise_multiplier says how much noise "
-                "there is. Keep one, remove the other."
+                f"there is. {remedy}."
             )
         if self.target_epsilon is not None and self.target_epsilon > self.max_epsilon:
             raise _Fault(

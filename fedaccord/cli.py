@@ -113,6 +113,7 @@ def simulate(
     page = write_report(run)
     console.print(table)
     outcome = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    console.print(Text.assemble(("Stopped  ", "bold"), runs.RunFolder(run).records()[-1]["reason"]))
     console.print(Text.assemble(("Privacy  ", "bold"), outcome["headline"]))
     console.print(Text("Not protected", "bold"))
     for line in outcome["not_protected"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from decimal import ROUND_CEILING, Context, Decimal
 from functools import cache
@@ -16,6 +17,10 @@ from fedaccord.errors import AccordError
 from fedaccord.evidence import canonical_json
 
 Event = dict[str, Any]
+
+# RDP leaves out an order whose series does not converge and says so once an order. The bound is
+# then the least over the other orders: no smaller than with it, so nothing is under-counted.
+logging.getLogger("absl").addFilter(lambda record: "failed to converge" not in record.getMessage())
 
 RELATIONS = {
     "add-or-remove-one": NeighboringRelation.ADD_OR_REMOVE_ONE,

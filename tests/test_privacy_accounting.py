@@ -1,6 +1,8 @@
 """Accounting: dp-accounting's figures, composed over everything, never printed below the truth."""
 
 import math
+import subprocess
+import sys
 from decimal import Decimal
 from fractions import Fraction
 
@@ -181,3 +183,12 @@ def test_a_larger_epsilon_is_never_printed_smaller(one, other, digits):
 )
 def test_rounding_up_is_decimal(value, shown):
     assert accounting.show(value) == shown
+
+
+def test_an_order_that_rdp_leaves_out_is_no_warning_and_never_lowers_epsilon():
+    code = (
+        "from fedaccord.privacy import accounting as a; e = a.dp_sgd(1.0663, 0.1, 30); "
+        "print(a.epsilon(e, 1e-4, accountant='RDP') >= a.epsilon(e, 1e-4))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")
