@@ -60,8 +60,8 @@ def constant() -> float:
 
 def mean_sd(values: list[float]) -> str:
     """Format a mean over seeds with its standard deviation."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} +- {spread:.3f}"
+    spread = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "-"
+    return f"{statistics.mean(values):.3f} +- {spread}"
 
 
 def main() -> None:

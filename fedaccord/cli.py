@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fedaccord import __version__
-from fedaccord.errors import FedAccordError
+from fedaccord.errors import BudgetError, FedAccordError
 
 # Flower reads these when it is imported or started; nothing that FedAccord starts calls home.
 QUIET = {
@@ -58,8 +58,10 @@ def check(accord: AccordFile) -> None:
     from rich.text import Text
 
     from fedaccord import accord as accords
+    from fedaccord import tasks
 
     agreed = accords.load(accord)
+    tasks.check_fits(agreed, tasks.load_task(agreed.task.name, agreed.task.options))
     table = Table("key", "value", title=f"accord {agreed.name}", title_justify="left")
     for key, value in _flat(agreed.model_dump(mode="json"), ""):
         table.add_row(Text(key), Text(str(value)))  # an accord's own words are no markup
@@ -110,6 +112,8 @@ def simulate(
             file=sys.stderr,
         )
         raise typer.Exit(130) from None
+    except BudgetError as refusal:
+        raise BudgetError(f"{refusal} The run's record is in {run}.") from None
     page = write_report(run)
     console.print(table)
     outcome = json.loads((run / "report.json").read_text(encoding="utf-8"))
@@ -140,7 +144,8 @@ def verify(run: RunPath) -> None:
         for fault in found.faults:
             print(f"       {fault}")
         faults += len(found.faults)
-    print(f"{run}: {faults} faults" if faults else f"{run}: everything recomputes")
+    count = "1 fault" if faults == 1 else f"{faults} faults"
+    print(f"{run}: {count}" if faults else f"{run}: everything recomputes")
     raise typer.Exit(1 if faults else 0)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedaccord import registry
+from fedaccord.accord import Accord
 from fedaccord.errors import AccordError
 
 
@@ -89,3 +90,24 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         first = str(fault).splitlines()[0]
         raise AccordError(f'task "{name}": {first}. Change task.options.') from None
     return task
+
+
+def check_fits(accord: Accord, task: Task) -> None:
+    """Hold an accord to the task that it names; no private record is read.
+
+    Raises:
+        AccordError: a site or an attribute that the task does not have.
+    """
+    for site in accord.roster:
+        if site not in task.sites:
+            raise AccordError(
+                f'sites: task {task.spec.name} has no site "{site}".'
+                f"{registry.nearest(site, task.sites)} Known: {', '.join(task.sites)}."
+            )
+    for name in accord.fairness.attributes:
+        if name not in task.spec.attributes:
+            raise AccordError(
+                f'fairness.attributes: task {task.spec.name} has no attribute "{name}".'
+                f"{registry.nearest(name, task.spec.attributes)} "
+                f"Known: {', '.join(task.spec.attributes)}."
+            )

@@ -30,7 +30,7 @@ def build(
     """
     make = registry.load("model", name)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone; others are left as they are
         try:
             model: nn.Module = make(spec, **options)
         except (TypeError, ValueError, RuntimeError) as fault:

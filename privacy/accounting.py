@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from decimal import ROUND_CEILING, Context, Decimal
@@ -91,8 +92,6 @@ def epsilon(
 
 @cache
 def _epsilon(event_json: str, delta: float, relation: str, accountant: str) -> float:
-    import json
-
     make = {"PLD": PLDAccountant, "RDP": RdpAccountant}[accountant]
     book = make(neighboring_relation=RELATIONS[relation])
     book.compose(dp_event(json.loads(event_json)))

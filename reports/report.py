@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedaccord.errors import EvidenceError
 from fedaccord.evidence import write_atomic
 from fedaccord.reports.facts import HTML, JSON, facts, to_json
 from fedaccord.reports.figures import draw
@@ -27,8 +28,14 @@ def write_report(run: Path) -> Path:
         EvidenceError: not a run's folder, or a file in it that cannot be read.
         AccordError: an accord.toml that does not hold together.
     """
-    content = facts(run)
-    page = render(content, draw(content))
+    try:
+        content = facts(run)
+        page = render(content, draw(content))
+    except (LookupError, TypeError, AttributeError, ValueError) as fault:
+        raise EvidenceError(
+            f"run {run}: a record is not in the form in which it was written "
+            f"({type(fault).__name__}: {fault}). `fedaccord verify {run}` names it."
+        ) from fault
     write_atomic(run / JSON, to_json(content))
     write_atomic(run / HTML, page)
     return run / HTML

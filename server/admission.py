@@ -191,7 +191,7 @@ def reservation(
 def refusal(out: dict[str, str]) -> str:
     """Say in one line why a run cannot start: the first site's own words, and who else is out."""
     (site, words), *others = sorted(out.items())
-    words = words if site in words else f"Site {site} is out: {words}."
+    words = words if site in words else f"Site {site} is out: {words.rstrip('.')}."
     names = ", ".join(site for site, _ in others)
     return f"{words} Out as well: {names}." if others else words
 

@@ -23,8 +23,8 @@ from fedaccord.privacy.plan import PrivacyPlan, plan_for
 from fedaccord.runs import RunFolder
 from fedaccord.server import admission, checkpoint, distillation
 from fedaccord.server.admission import Place
-from fedaccord.server.rounds import Coordinator, student_weights
-from fedaccord.tasks import Task, load_task
+from fedaccord.server.rounds import Coordinator
+from fedaccord.tasks import Task, check_fits, load_task
 
 PACKAGES = ("flwr", "torch", "opacus", "dp-accounting", "fairlearn", "numpy")
 
@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     where = str(context.run_config["accord"])
     accord = accords.load(where)
     task = load_task(accord.task.name, accord.task.options)
-    check_against_task(accord, task)
+    check_fits(accord, task)
     model, student = initial(accord, task)
     folder = open_folder(str(context.run_config.get("run", "")), where, accord)
     about = {"run": folder.id, "engine": type(grid).__name__}
@@ -70,31 +70,10 @@ def main(grid: Grid, context: Context) -> None:
         folder=folder,
         places=places,
         plans=plans,
-        model=student_weights(model),
+        model=checkpoint.weights_of(model),
         student=student,
     )
     finish(coordinator, coordinator.run())
-
-
-def check_against_task(accord: Accord, task: Task) -> None:
-    """Hold an accord to the task that it names.
-
-    Raises:
-        AccordError: a site or an attribute that the task does not have.
-    """
-    for site in accord.roster:
-        if site not in task.sites:
-            raise AccordError(
-                f'sites: task {task.spec.name} has no site "{site}".'
-                f"{registry.nearest(site, task.sites)} Known: {', '.join(task.sites)}."
-            )
-    for name in accord.fairness.attributes:
-        if name not in task.spec.attributes:
-            raise AccordError(
-                f'fairness.attributes: task {task.spec.name} has no attribute "{name}".'
-                f"{registry.nearest(name, task.spec.attributes)} "
-                f"Known: {', '.join(task.spec.attributes)}."
-            )
 
 
 def open_folder(run: str, where: str, accord: Accord) -> RunFolder:
@@ -171,7 +150,7 @@ def start_record(
         "model": {
             "name": accord.model.name,
             "parameters": parameter_count(model),
-            "weights": checkpoint.weights_digest(student_weights(model)),
+            "weights": checkpoint.weights_digest(checkpoint.weights_of(model)),
         },
         "student": None
         if student is None
@@ -206,7 +185,7 @@ def finish(coordinator: Coordinator, reason: str) -> None:
     folder, student = coordinator.folder, coordinator.student
     folder.write("model.safetensors", checkpoint.weights_bytes(coordinator.model))
     if student is not None:
-        weights = student_weights(student)
+        weights = checkpoint.weights_of(student)
         folder.write("student.safetensors", checkpoint.weights_bytes(weights))
         inputs = len(coordinator.task.spec.features)
         folder.write("student.onnx", distillation.to_onnx(student, inputs))
@@ -223,7 +202,9 @@ def finish(coordinator: Coordinator, reason: str) -> None:
             "reason": reason,
             "rounds": coordinator.finished,
             "model": checkpoint.weights_digest(coordinator.model),
-            "student": checkpoint.weights_digest(student_weights(student)) if student else None,
+            "student": checkpoint.weights_digest(checkpoint.weights_of(student))
+            if student
+            else None,
             "ledgers": sorted(ledgers),
         }
     )

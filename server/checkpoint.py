@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors
+from torch import nn
 
 from fedaccord.errors import EvidenceError
 from fedaccord.evidence import canonical_json, sha256, write_atomic
 from fedaccord.server.gates import Weights
 
 LATEST = "checkpoints/latest.safetensors"
+
+
+def weights_of(module: nn.Module) -> Weights:
+    """Copy a module's weights into numpy arrays by name."""
+    return {name: value.numpy().copy() for name, value in module.state_dict().items()}
 
 
 def weights_bytes(weights: Weights, **about: str) -> bytes:
@@ -41,8 +48,6 @@ def load(folder: Path) -> tuple[int, Weights, Weights]:
     Raises:
         EvidenceError: no checkpoint, or one that cannot be read.
     """
-    import json
-
     path = folder / LATEST
     try:
         with safe_open(path, framework="numpy") as file:

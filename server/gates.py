@@ -75,6 +75,19 @@ def read(array: Array, like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | str
     return value
 
 
+def unanswered(reply: Message, site: str, run: str, number: int) -> str:
+    """Say why a reply does not answer what a site was asked in a round, or "" if it does."""
+    if reply.has_error():
+        return f"error: {told(reply.error.reason)}"
+    config = dict(reply.content.config_records.get("config", {}))
+    if config.get("refused"):
+        return f"refused: {told(config['refused'])}"
+    said = {key: config.get(key) for key in ("site", "run", "round")}
+    if said != {"site": site, "run": run, "round": number}:
+        return f"identity: asked {site} for round {number}, got {told(said)}"
+    return ""
+
+
 def inspect(
     reply: Message, site: str, run: str, number: int, base: Weights, max_norm: float
 ) -> Verdict:
@@ -96,14 +109,8 @@ def inspect(
         base: the global model that the site was given.
         max_norm: L2 bound of an update.
     """
-    if reply.has_error():
-        return Verdict(site, f"error: {told(reply.error.reason)}")
-    config = dict(reply.content.config_records.get("config", {}))
-    if config.get("refused"):
-        return Verdict(site, f"refused: {told(config['refused'])}")
-    said = {key: config.get(key) for key in ("site", "run", "round")}
-    if said != {"site": site, "run": run, "round": number}:
-        return Verdict(site, f"identity: asked {site} for round {number}, got {told(said)}")
+    if reason := unanswered(reply, site, run, number):
+        return Verdict(site, reason)
     if set(reply.content.array_records) != {"arrays"}:
         return Verdict(site, "form: exactly one record of arrays is expected")
     arrays = reply.content.array_records["arrays"]
@@ -196,14 +203,8 @@ def read_counts(
     Returns:
         The reason or "", and for each model and attribute nested lists of counts.
     """
-    if reply.has_error():
-        return f"error: {told(reply.error.reason)}", {}
-    config = dict(reply.content.config_records.get("config", {}))
-    if config.get("refused"):
-        return f"refused: {told(config['refused'])}", {}
-    said = {key: config.get(key) for key in ("site", "run", "round")}
-    if said != {"site": site, "run": run, "round": number}:
-        return f"identity: asked {site} for round {number}, got {told(said)}", {}
+    if reason := unanswered(reply, site, run, number):
+        return reason, {}
     out: dict[str, dict[str, Any]] = {}
     records = reply.content.metric_records
     if set(records) != set(sections):

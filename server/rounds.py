@@ -122,7 +122,7 @@ class Coordinator:
         content = RecordDict({"config": ConfigRecord(self._about())})
         content["model"] = gates.to_arrays(self.model)
         if self.student is not None:
-            content["student"] = gates.to_arrays(student_weights(self.student))
+            content["student"] = gates.to_arrays(checkpoint.weights_of(self.student))
         nodes = [place.node for place in self.places]
         timeout = self.accord.rounds.timeout
         replies = admission.ask(self.grid, nodes, "evaluate", content, timeout)
@@ -156,7 +156,7 @@ class Coordinator:
         seconds: float,
     ) -> None:
         """Step 7: checkpoint atomically, then append the round to the evidence."""
-        student = None if self.student is None else student_weights(self.student)
+        student = None if self.student is None else checkpoint.weights_of(self.student)
         checkpoint.save(self.folder.path, self.number, self.model, student)
         replies: dict[str, dict[str, Any]] = {}
         for verdict, _ in verdicts:
@@ -264,8 +264,3 @@ def accepted_update(verdict: Verdict) -> dict[str, Any]:
     if verdict.weights is None:
         return {}
     return {"update_norm": verdict.norm, "sha256": checkpoint.weights_digest(verdict.weights)}
-
-
-def student_weights(student: torch.nn.Module) -> Weights:
-    """Read a module's weights as numpy arrays by name."""
-    return {name: value.numpy().copy() for name, value in student.state_dict().items()}

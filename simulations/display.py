@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,10 @@ class Progress:
 
     def __init__(self, accord: Accord, folder: RunFolder) -> None:
         self.accord, self.folder = accord, folder
+        self.tell: Callable[[str], None] = lambda _: None
         self.began = time.monotonic()
         self.answered: list[str] = []
         self.rounds: list[dict[str, Any]] = []
-        self.position = 0
 
     def on_reply(self, reply: Message) -> None:
         """Note a site's reply; catch up with the records at the start of a round."""
@@ -48,18 +50,25 @@ class Progress:
         path = self.folder.path / "rounds.jsonl"
         if not path.exists():
             return
-        records = self.folder.records()
-        self.rounds = [record for record in records if record["kind"] == "round"]
+        rounds = [record for record in self.folder.records() if record["kind"] == "round"]
+        for record in rounds[len(self.rounds) :]:
+            number, sites, *figures = row(record, self.accord.fairness.attributes[0])
+            words = "accuracy {} (student {}), epsilon {}, parity difference {} (student {})"
+            self.tell(f"round {number}: {sites} sites, {words.format(*figures)}")
+        self.rounds = rounds
 
     def table(self) -> Table:
         """Show one row a round: accuracy of model and student, highest epsilon, parity."""
         rules, privacy = self.accord.fairness, self.accord.privacy
+        cost = "epsilon: privacy is off."
+        if privacy.enabled:
+            cost = f"epsilon: highest of the sites, so far/reserved, at delta {privacy.delta:g}."
         table = Table(
             title=Text(f"{self.accord.name}: {self.accord.purpose}"),
             caption=(
-                "accuracy: mean over sites. epsilon: highest of the sites, so far/reserved, at "
-                f"delta {privacy.delta:g}. parity diff.: demographic, by {rules.attributes[0]}"
-                f", over all sites, with its {100 * rules.confidence:g} % interval."
+                f"accuracy: mean over sites. {cost} parity diff.: demographic, by "
+                f"{rules.attributes[0]}, over all sites, with its {100 * rules.confidence:g} % "
+                "interval."
             ),
             title_justify="left",
             caption_justify="left",
@@ -137,6 +146,8 @@ def simulate(accord: Accord, where: str, run: Path, sites: Path, console: Consol
     """
     quiet()
     progress = Progress(accord, RunFolder(run))
+    if not console.is_terminal:  # a log gets a line a round
+        progress.tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
     with Live(progress, console=console, transient=True, refresh_per_second=4):
         engine.simulate(where, run, sites, len(accord.roster), progress.on_reply)
     progress.catch_up()

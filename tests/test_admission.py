@@ -19,9 +19,8 @@ from fedaccord.evidence import canonical_json
 from fedaccord.privacy.ledger import Ledger
 from fedaccord.privacy.plan import plan_for
 from fedaccord.runs import RunFolder
-from fedaccord.server import admission, gates
+from fedaccord.server import admission, checkpoint, gates
 from fedaccord.server.app import initial
-from fedaccord.server.rounds import student_weights
 from fedaccord.simulations import engine, heart
 from fedaccord.tasks import load_task
 
@@ -311,7 +310,7 @@ def test_a_site_releases_nothing_for_a_run_that_it_has_not_reserved(
     kind: str, tmp_path: Path
 ) -> None:
     carrier, accord = grid(tmp_path)
-    weights = student_weights(initial(accord, load_task("heart"))[0])
+    weights = checkpoint.weights_of(initial(accord, load_task("heart"))[0])
     asked = {"run": "run", "accord": accord.digest, "server-round": 1}
     content = RecordDict({"config": ConfigRecord(asked)})
     content["arrays" if kind == "train" else "model"] = gates.to_arrays(weights)

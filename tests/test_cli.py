@@ -253,3 +253,29 @@ def test_ctrl_c_says_where_the_finished_rounds_are(tmp_path: Path) -> None:
         f"fedaccord: interrupted. What was finished is in {run};"
     )
     assert RunFolder.open(run).records()[0]["kind"] == "start"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('name = "va"', 'name = "vaa"', 'no site "vaa". Did you mean "va"?'),
+        ('["sex"]', '["gender"]', 'no attribute "gender". Known: sex.'),
+    ],
+)
+def test_check_holds_an_accord_to_its_task(
+    old: str, new: str, words: str, tmp_path: Path, called: Call
+) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY.replace(old, new))
+    assert words in one_line(*called("check", tmp_path / "tiny.toml"))
+
+
+def test_a_run_that_is_not_on_a_terminal_says_a_line_a_round(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    command = [sys.executable, "-m", "fedaccord.cli", "simulate", str(tmp_path / "tiny.toml")]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "runs")], capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["round 1", "round 2"]
+    assert "Stopped  rounds done: 2 of 2" in lines
+    assert done.stderr == ""

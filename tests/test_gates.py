@@ -17,11 +17,11 @@ from fedaccord import accord as accords
 from fedaccord.client.app import app as client_app
 from fedaccord.models.build import build
 from fedaccord.runs import RunFolder
-from fedaccord.server import gates
+from fedaccord.server import checkpoint, gates
 from fedaccord.server.admission import Place
 from fedaccord.server.checkpoint import weights_bytes
 from fedaccord.server.gates import Weights
-from fedaccord.server.rounds import Coordinator, student_weights
+from fedaccord.server.rounds import Coordinator
 from fedaccord.simulations.engine import FIRST_NODE, InProcessGrid
 from fedaccord.strategies.fedavg import fedavg
 from fedaccord.tasks import load_task
@@ -35,7 +35,7 @@ TASK = load_task("heart")
 SITES = list(AGREED.roster)  # cleveland, hungary, switzerland, va
 NODES = {site: FIRST_NODE + place for place, site in enumerate(SITES)}
 RUN, ROUND = "this-run", 2
-BASE = student_weights(build("mlp", TASK.spec, {"hidden": 3}, 0))
+BASE = checkpoint.weights_of(build("mlp", TASK.spec, {"hidden": 3}, 0))
 GRID = InProcessGrid(client_app, 4, {})  # so that messages can be made
 
 
