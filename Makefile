@@ -13,11 +13,12 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER := 0
 
-.PHONY: help demo install test check lint types package
+.PHONY: help demo install test soak check lint types package
 
 help:
 	@echo "make demo    train, audit and report on four real hospitals (installs into .venv when needed)"
 	@echo "make test    all tests; ARGS=\"-m 'not slow'\" leaves out the slow ones"
+	@echo "make soak    the tests that take minutes: kill -9 at every line, 8 processes racing, ..."
 	@echo "make check   lint, format, types, the wheel and the Flower App Bundle"
 
 demo: $(STAMPS)/demo
@@ -27,6 +28,9 @@ install: $(STAMPS)/test
 
 test: $(STAMPS)/test
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+soak: $(STAMPS)/test
+	$(BIN)/pytest -m soak -n auto -rP $(ARGS)
 
 check: lint types package
 

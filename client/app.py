@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import torch
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -33,95 +31,24 @@ from safetensors import torch as safetensors
 from torch import nn
 
 from fedaccord import accord as accords
-from fedaccord import evidence, runs
-from fedaccord.accord import Accord
+from fedaccord import evidence
+from fedaccord.client import client_level, diary, train
 from fedaccord.client import evaluate as evaluation
-from fedaccord.client import policy, train
-from fedaccord.errors import AccordError, BudgetError, LedgerError
-from fedaccord.models.build import build
-from fedaccord.privacy.ledger import Ledger
+from fedaccord.client.site import Site, open_site, who
+from fedaccord.errors import AccordError, BudgetError, LedgerError, PolicyError
+from fedaccord.fairness.counts import Counts
+from fedaccord.privacy.chain import Head, read_heads
+from fedaccord.privacy.client_level import COVERS, ClientPlan
 from fedaccord.privacy.noise import OsSource, Source
-from fedaccord.privacy.plan import PrivacyPlan, plan_for
-from fedaccord.tasks import Records, Task, load_task
+from fedaccord.privacy.plan import PrivacyPlan
+from fedaccord.tasks import Records
 
 log = logging.getLogger("fedaccord.site")
 Handler = Callable[[Message, Context], Message]
 
 NOT_COVERED = "not covered"
-# Small models are faster on one thread, and results do not depend on how many cores there are.
-THREADS = 1
-
-
-@dataclass(frozen=True)
-class Site:
-    """A site as one message finds it: what was agreed, its folder, its policy, its ledger."""
-
-    name: str
-    accord: Accord
-    task: Task
-    folder: Path
-    policy: policy.SitePolicy
-    ledger: Ledger
-
-    @property
-    def plan(self) -> PrivacyPlan | None:
-        """The site's privacy plan, from the accord alone; None where privacy is off."""
-        return plan_for(self.accord, self.name)
-
-    def model(self, section: str, weights: ArrayRecord) -> nn.Module:
-        """Build the global model or the student and load the weights that came with a message."""
-        which = self.accord.model if section == "model" else self.accord.distillation
-        name = which.name if section == "model" else which.model  # type: ignore[union-attr]
-        model = build(name, self.task.spec, which.options, self.accord.seed)
-        model.load_state_dict(weights.to_torch_state_dict(), strict=True)
-        return model
-
-
-def who(accord: Accord, context: Context) -> str:
-    """Find out which site this node is.
-
-    It is the site that `site` in its node config names, else the one whose place in the roster is
-    `partition-id` (Flower's simulation).
-
-    Raises:
-        AccordError: a node that is not in the roster.
-    """
-    names = list(accord.roster)
-    place = int(context.node_config.get("partition-id", -1))
-    name = str(context.node_config.get("site", names[place] if 0 <= place < len(names) else ""))
-    if name not in names:
-        raise AccordError(
-            f'site "{name}" (partition-id {place}) is not among the {len(names)} sites of accord '
-            f'"{accord.name}". Start as many nodes as it has sites.'
-        )
-    return name
-
-
-def open_site(accord: Accord, name: str, context: Context) -> Site:
-    """Open a site's folder, with its policy and its ledger.
-
-    Raises:
-        AccordError: a policy that is not valid.
-        LedgerError: a ledger that is damaged, altered or another site's, or a folder that cannot
-            be used.
-    """
-    torch.set_num_threads(THREADS)
-    base = str(context.run_config.get("sites", ""))
-    folder = (Path(base) if base else runs.home() / f"sites-of-run-{context.run_id}") / name
-    try:
-        return Site(
-            name=name,
-            accord=accord,
-            task=load_task(accord.task.name, accord.task.options),
-            folder=folder,
-            policy=policy.of_site(folder, accord),
-            ledger=Ledger(folder / "ledger.sqlite", name),
-        )
-    except OSError as fault:
-        raise LedgerError(
-            f"site {name} cannot use its folder {folder}: {fault.strerror}. Nothing was released; "
-            "mend it or name another."
-        ) from None
+# What these say depends on accord, policy, ledger and disk alone, so it may travel.
+REFUSALS = (AccordError, BudgetError, LedgerError, PolicyError)
 
 
 def answer(handler: Callable[[Site, Message], RecordDict]) -> Handler:
@@ -147,22 +74,40 @@ def answer(handler: Callable[[Site, Message], RecordDict]) -> Handler:
                         f"{site.accord.digest[:12]}, the request's {str(asked['accord'])[:12]}. "
                         "Give both sides the same file."
                     )
-                content = handler(site, message)
+                with diary.privacy_diary(site.folder):
+                    content = _kept(handler, site, message)
             finally:
                 site.ledger.close()
-        except (BudgetError, AccordError, LedgerError) as refusal:
+        except REFUSALS as refusal:
             content = RecordDict({"config": ConfigRecord({"refused": str(refusal)})})
             if name:
                 content.config_records["config"]["site"] = name
-        except Exception:
-            log.exception("message %s failed", message.metadata.message_type)
-            fault = Error(
-                ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "internal error; see the site's log"
-            )
-            return Message(fault, reply_to=message)
+        except Exception as fault:
+            words = f"internal error; see {diary.NAME} in the site's folder"
+            log.error("message %s failed: %s", message.metadata.message_type, words)
+            if not name:  # before any record was near
+                log.error("%s: %s", type(fault).__name__, fault)
+            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, words)
+            return Message(error, reply_to=message)
         return Message(content, reply_to=message)
 
     return handle
+
+
+def _kept(
+    handler: Callable[[Site, Message], RecordDict], site: Site, message: Message
+) -> RecordDict:
+    """Answer; a refusal by policy goes into the ledger, a fault into the site's own diary alone."""
+    try:
+        return handler(site, message)
+    except PolicyError as refusal:
+        site.ledger.refuse(_run(message), site.accord.digest, refusal.rule, str(refusal))
+        raise
+    except REFUSALS:
+        raise
+    except Exception:
+        diary.log.exception("message %s failed", message.metadata.message_type)
+        raise
 
 
 app = ClientApp()
@@ -171,28 +116,22 @@ app = ClientApp()
 @app.query("join")
 @answer
 def join(site: Site, message: Message) -> RecordDict:
-    """Say who this is and whether policy and ledger would let the accord in."""
-    agreed = site.accord
-    reason = ""
-    try:
-        site.policy.check(agreed, site.name)
-        train.refuse_unsafe(build(agreed.model.name, site.task.spec, agreed.model.options, 0))
-        site.ledger.consider(_run(message), site.plan, site.policy.cap, agreed.digest)
-    except (BudgetError, AccordError) as refusal:
-        reason = str(refusal)
-    return RecordDict({"config": ConfigRecord({"site": site.name, "reason": reason})})
+    """Say who this is, once policy and ledger would let the accord in; else it is a refusal."""
+    site.admit("join")
+    site.ledger.consider(_run(message), site.plan, site.terms)
+    seen = evidence.canonical_json([head.to_json() for head in site.ledger.seen()])
+    return _reply(site, seen=seen)
 
 
 @app.query("reserve")
 @answer
 def reserve(site: Site, message: Message) -> RecordDict:
     """Reserve the whole plan; the reply holds the ledger's entry."""
-    site.policy.check(site.accord, site.name)
-    entry = site.ledger.reserve(
-        _run(message), site.plan, site.accord.reserved_rounds, site.policy.cap, site.accord.digest
-    )
-    said = ConfigRecord({"site": site.name, "entry": evidence.canonical_json(entry)})
-    return RecordDict({"config": said})
+    site.admit("reserve")
+    peers = site.ledger.witness(_heads(message))
+    rounds = site.accord.reserved_rounds
+    entry = site.ledger.reserve(_run(message), site.plan, rounds, site.terms, peers)
+    return _reply(site, entry=evidence.canonical_json(entry))
 
 
 @app.train()
@@ -200,17 +139,31 @@ def reserve(site: Site, message: Message) -> RecordDict:
 def train_round(site: Site, message: Message) -> RecordDict:
     """Train one round and release the weights; asked again, send the same bytes again."""
     run, number = _run(message), _round(message)
-    site.policy.check(site.accord, site.name)
+    site.admit("train")
+    peers = site.ledger.witness(_heads(message))
     payload = stored_release(site, run, number)
     if payload is None:
         model = site.model("model", message.content.array_records["arrays"])
-        train.refuse_unsafe(model)
-        if site.plan:
+        if isinstance(site.plan, PrivacyPlan):
             train.refuse_weights(model)
-        payload = train_and_record(site, model, run, number)
-    arrays = ArrayRecord(torch_state_dict=safetensors.load(payload))
-    said = ConfigRecord({"site": site.name, "run": run, "round": number})
-    return RecordDict({"arrays": arrays, "config": said})
+        payload = train_and_record(site, model, run, number, peers)
+    content = _reply(site, run=run, round=number)
+    content["arrays"] = ArrayRecord(torch_state_dict=safetensors.load(payload))
+    return content
+
+
+def _reply(site: Site, **said: str | int) -> RecordDict:
+    """Make a reply that shows whose it is and how far the site's ledger has come."""
+    config = ConfigRecord({"site": site.name})
+    config["head"] = evidence.canonical_json(site.ledger.head().to_json())
+    for name, value in said.items():
+        config[name] = value
+    return RecordDict({"config": config})
+
+
+def _heads(message: Message) -> list[Head]:
+    """Read the heads of ledgers that a request shows."""
+    return read_heads(str(message.content.config_records["config"].get("heads", "[]")))
 
 
 def _release_path(site: Site, run: str, number: int) -> Path:
@@ -241,6 +194,7 @@ def train_and_record(
     model: nn.Module,
     run: str,
     number: int,
+    peers: Iterable[Head] = (),
     entropy: Callable[[], Source] = OsSource,
 ) -> bytes:
     """Use a slot, train, store the result, and only then record its release.
@@ -250,23 +204,24 @@ def train_and_record(
         model: the global model, trained in place.
         run: the run's id.
         number: the round.
+        peers: heads of other sites' ledgers, to be kept in the INTENT.
         entropy: makes the mechanism's randomness; tests pass their own, no accord can.
 
     Returns:
         The weights that may be sent, as safetensors bytes.
     """
     plan, training, accord = site.plan, site.accord.training, site.accord
-    site.ledger.intend(run, number, plan)
-    records = _read(site)
-    if plan:
-        train.train_private(model, records, plan, training, entropy)
+    site.ledger.intend(run, number, plan, peers)
+    records = _read(site, "train")
+    if isinstance(plan, PrivacyPlan):
+        how = accord.privacy
+        train.train_private(model, records, plan, training, entropy, how.engine, how.precision)
+    elif plan:
+        client_level.train_or_stay(model, records, accord, site.name, number)
     elif records is not None:
-        q = accord.privacy.sampling_prob
-        place = list(accord.roster).index(site.name)
-        source = train.SeededSource(accord.seed, number, place)
-        normaliser = q * accord.roster[site.name]
-        train.train_plain(model, records, q, normaliser, training, source)
-    payload = safetensors.save({k: v.contiguous() for k, v in model.state_dict().items()})
+        client_level.train_plainly(model, records, accord, site.name, number)
+    salt = client_level.salt() if isinstance(plan, ClientPlan) else None
+    payload = safetensors.save({k: v.contiguous() for k, v in model.state_dict().items()}, salt)
     evidence.write_atomic(_release_path(site, run, number), payload)
     site.ledger.release(
         run,
@@ -276,35 +231,37 @@ def train_and_record(
         bytes=len(payload),
         plan_digest=plan.digest if plan else None,
         build=evidence.build_hash(),
-        covers="the reserved plan" if plan else NOT_COVERED,
+        covers=COVERS if salt else "the reserved plan" if plan else NOT_COVERED,
     )
     return payload
 
 
-def _read(site: Site) -> Records | None:
-    """Read the training records; a fault becomes None, a round of noise alone under a plan."""
+def _read(site: Site, which: str) -> Records | None:
+    """Read the records to "train" or "test" on; a fault is None, and only the diary says more."""
     try:
-        return site.task.site(site.name).train
+        records: Records = getattr(site.task.site(site.name), which)
+        return records
     except Exception:
-        log.exception("the training records of %s cannot be read", site.name)
+        diary.log.exception("the records of %s cannot be read", site.name)
         return None
 
 
 @app.evaluate()
 @answer
 def evaluate(site: Site, message: Message) -> RecordDict:
-    """Count evaluation subjects for each model that came; the counts are a release."""
+    """Count evaluation subjects for each model that came; the counts are a release.
+
+    A site whose records cannot be read counts nobody: an error would say something of them.
+    """
+    site.admit("evaluate")
     run, number = _run(message), _round(message)
     if not site.ledger.find(run, "RESERVE", "NONPRIVATE"):
         raise BudgetError(f"Site {site.name} has no reservation for run {run}. Reserve first.")
-    records = site.task.site(site.name).test
-    content = RecordDict()
-    cells = 0
+    records = _read(site, "test")
+    content, cells = RecordDict(), 0
     for section, weights in message.content.array_records.items():
         model = site.model(section, weights)
-        tables = evaluation.group_counts(
-            model, records, site.task.spec, site.accord.fairness.attributes
-        )
+        tables = _counted(site, model, records)
         flat = {name: [int(cell) for cell in table.ravel()] for name, table in tables.items()}
         cells += sum(len(row) for row in flat.values())
         content[section] = MetricRecord(flat)  # type: ignore[arg-type]
@@ -316,8 +273,18 @@ def evaluate(site: Site, message: Message) -> RecordDict:
         cells=cells,
         covers=NOT_COVERED,
     )
-    content["config"] = ConfigRecord({"site": site.name, "run": run, "round": number})
+    content["config"] = _reply(site, run=run, round=number)["config"]
     return content
+
+
+def _counted(site: Site, model: nn.Module, records: Records | None) -> Mapping[str, Counts]:
+    """Count predictions by group; records that cannot be counted are as none."""
+    spec, attributes = site.task.spec, site.accord.fairness.attributes
+    try:
+        return evaluation.group_counts(model, records, spec, attributes)
+    except Exception:
+        diary.log.exception("the records of %s cannot be counted", site.name)
+        return evaluation.group_counts(model, None, spec, attributes)
 
 
 @app.query("ledger")

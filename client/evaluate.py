@@ -28,19 +28,24 @@ def predict(
 
 
 def group_counts(
-    model: nn.Module, records: Records, spec: TaskSpec, attributes: list[str]
+    model: nn.Module, records: Records | None, spec: TaskSpec, attributes: list[str]
 ) -> Mapping[str, counts.Counts]:
     """Count evaluation subjects by group, label and prediction, one record of each subject.
 
     Args:
         model: float32 (n, features) to logits (n, classes).
-        records: the site's evaluation records; of a subject with several the first one counts.
+        records: the site's evaluation records, or None where they cannot be read; of a subject with
+            several the first one counts.
         spec: the task, for the groups of each attribute.
         attributes: the sensitive attributes that the accord audits.
 
     Returns:
         For each attribute int64 (groups, labels, predictions).
     """
+    classes = len(spec.classes)
+    if records is None:
+        shapes = {name: (len(spec.attributes[name]), classes, classes) for name in attributes}
+        return {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
     _, first = np.unique(records.subjects, return_index=True)
     predictions = predict(model, records.inputs[first])
     return {
@@ -49,7 +54,7 @@ def group_counts(
             records.labels[first],
             predictions,
             n_groups=len(spec.attributes[name]),
-            n_classes=len(spec.classes),
+            n_classes=classes,
         )
         for name in attributes
     }

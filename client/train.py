@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
+import copy
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from opacus import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn import functional
 
 from fedaccord.accord import TrainingSection
+from fedaccord.client.diary import log
 from fedaccord.errors import AccordError
+from fedaccord.privacy import engines
 from fedaccord.privacy.clipping import SubjectOptimizer
 from fedaccord.privacy.noise import OsSource, Source
 from fedaccord.privacy.plan import PrivacyPlan
-from fedaccord.privacy.sampling import SubjectSampler
+from fedaccord.privacy.sampling import EMPTY, SubjectSampler, pages
 from fedaccord.tasks import Records
 
 MAX_WEIGHT = 100.0  # largest magnitude that a model to be trained privately may hold
-MICRO_BATCH = 256  # records per forward pass; bounds memory, changes no result
-log = logging.getLogger("fedaccord.site")
-
-# Inputs need no gradient, which Opacus' hooks are told by torch at every step; they are right.
-warnings.filterwarnings("ignore", message="Full backward hook is firing")
+MICRO_BATCH = 256  # rows of a page at most; bounds memory, changes no result
 
 
 def refuse_unsafe(model: nn.Module) -> None:
@@ -73,13 +70,16 @@ def train_private(
     plan: PrivacyPlan,
     training: TrainingSection,
     entropy: Callable[[], Source] = OsSource,
+    engine: str = "hooks",
+    precision: str = "float64",
 ) -> None:
     """Train a model in place for one round under a plan (DP-SGD, Abadi et al. 2016).
 
     The weights that result are (epsilon, delta)-DP per subject, at the cost of one round of the
     plan's event. Number of steps, message size and shape do not depend on the records; timing does.
-    Forward and backward passes run in float64: in float32 a record's gradient depends on its place
-    in the batch, and weights chosen for it let one subject change all the others' (see ROUNDING).
+    A record's gradient depends on the record and its place on a page of public shape, not on who
+    else is there (see `sampling.pages`), so weights that a coordinator chose to make rounding large
+    let no subject change another's. Weights themselves are held in float64.
 
     | data | a step |
     |---|---|
@@ -94,24 +94,82 @@ def train_private(
         plan: the site's reserved plan.
         training: steps, learning rate, momentum.
         entropy: makes a fresh source of randomness for every step.
+        engine: "hooks" or "ghost" (`privacy.engines`).
+        precision: of forward and backward passes: "float64", "float32" or "bfloat16".
+
+    Raises:
+        AccordError: a layer that the engine cannot take apart, or weights that did not move.
     """
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    wrapped = GradSampleModule(model.double(), loss_reduction="sum")
-    sgd = torch.optim.SGD(model.parameters(), training.learning_rate, training.momentum)
+    first = next(model.parameters())
+    device, dtype = first.device, first.dtype
+    model.double()
+    working = model
+    if precision != "float64":
+        working = copy.deepcopy(model).to(engines.PRECISIONS[precision])
+    parts = engines.make(engine, working)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sgd = torch.optim.SGD(trained, training.learning_rate, training.momentum)
     optimizer = SubjectOptimizer(sgd, plan)
     sampler = _sampler(plan, records)
-    with torch.random.fork_rng(devices=[]):
-        for _ in range(plan.steps):
-            source = entropy()
-            rows = sampler.draw(source)
-            # Dropout's masks: were they known, a subject would change its neighbours' by its place.
-            torch.default_generator.manual_seed(int(source.uniform(1)[0] * 2**53))
-            for start in range(0, len(rows), MICRO_BATCH):
-                assert records is not None
-                _accumulate(wrapped, optimizer, records, rows[start : start + MICRO_BATCH], device)
-            optimizer.noisy_step(source)
-    wrapped.cleanup()
-    model.to(dtype)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for step in range(plan.steps):
+                source = entropy()
+                rows = sampler.draw(source)
+                # Dropout's masks come from the step's entropy too: no seed of torch's reaches them.
+                masks = int(source.uniform(1)[0] * 2**53)
+                for page in pages(rows, plan.normaliser, MICRO_BATCH, source):
+                    assert records is not None
+                    _add_page(parts, optimizer, records, page, plan.max_grad_norm, masks)
+                before = [] if step else _copies(model)
+                mean = optimizer.noisy_step(source)
+                if step == 0:
+                    refuse_still(before, model, mean)
+                _copy_weights(model, working)
+    finally:
+        parts.close()
+        model.to(dtype)
+
+
+def _copies(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+
+def refuse_still(before: list[torch.Tensor], model: nn.Module, released: torch.Tensor) -> None:
+    """Refuse a model whose weights stay where they were although a private step was released.
+
+    A known fault: weights were replaced after the optimiser had taken hold of them (adapters moved
+    late to another device), and a run pays epsilon for nothing. It looks at the released step,
+    noise included, not at records.
+
+    Args:
+        before: the trained weights before the step, one tensor a parameter.
+        model: after the step.
+        released: what the step released, float64 (d,).
+
+    Raises:
+        AccordError: the first parameter that did not move where its part of the release is not 0.
+    """
+    offset = 0
+    after = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for (name, value), old in zip(after, before, strict=True):
+        part = released[offset : offset + value.numel()]
+        offset += value.numel()
+        if bool(part.any()) and torch.equal(value.detach().to(old.device, old.dtype), old):
+            raise AccordError(
+                f"model: {name} did not move in a private step, so training would spend epsilon "
+                "for nothing. Build the model before it is trained, and move it to its device "
+                "before adapters are added, or freeze the parameter."
+            )
+
+
+def _copy_weights(model: nn.Module, working: nn.Module) -> None:
+    """Bring the copy that computes gradients up to the weights that are held in float64."""
+    if working is model:
+        return
+    with torch.no_grad():
+        for held, used in zip(model.parameters(), working.parameters(), strict=True):
+            used.copy_(held)
 
 
 def _sampler(plan: PrivacyPlan, records: Records | None) -> SubjectSampler:
@@ -124,44 +182,44 @@ def _sampler(plan: PrivacyPlan, records: Records | None) -> SubjectSampler:
         return plan.sampler(nobody)
 
 
-def _accumulate(
-    model: nn.Module,
+def _add_page(
+    parts: engines.Engine,
     optimizer: SubjectOptimizer,
     records: Records,
-    rows: np.ndarray[tuple[int], np.dtype[np.int64]],
-    device: torch.device,
+    page: npt.NDArray[np.int64],
+    max_grad_norm: float,
+    masks: int,
 ) -> None:
-    """Add the clipped gradients of some records; a record that raises contributes zero.
+    """Add the clipped gradients of a page's records; a record that raises contributes zero.
 
-    A batch that raises is halved until the record that raises is alone, so that one subject's
-    record never removes the others.
+    Of a page that raises, each half is tried with the other half's places empty, until the record
+    that raises is alone, so that one subject's record never removes the others. The shape of the
+    page, the places on it and dropout's masks stay as they were.
     """
+    held = np.flatnonzero(page != EMPTY)
+    if len(held) == 0:
+        return
     try:
-        inputs = torch.from_numpy(records.inputs[rows]).to(device, torch.float64)
-        labels = torch.from_numpy(records.labels[rows]).to(device)
-        functional.cross_entropy(model(inputs), labels, reduction="sum").backward()
-        optimizer.accumulate(len(rows))
-    except Exception as fault:  # any fault of the data; the site's own log has it
-        _forget_pass(model, optimizer)
-        log.warning("a micro-batch of %d records raised %s", len(rows), type(fault).__name__)
-        half = len(rows) // 2
-        for part in (rows[:half], rows[half:]) if half else ():
-            _accumulate(model, optimizer, records, part, device)
+        torch.default_generator.manual_seed(masks)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed(masks)
+        inputs, labels = _page(records.inputs, page), _page(records.labels, page)
+        keep = torch.from_numpy(page != EMPTY)
+        optimizer.add(parts.clipped_sum(inputs, labels, max_grad_norm, keep))
+    except Exception as fault:  # any fault of the data; the site's own diary has it
+        log.warning("%d records raised %s", len(held), type(fault).__name__)
+        half = len(held) // 2
+        for others in (held[half:], held[:half]) if half else ():
+            part = page.copy()
+            part[others] = EMPTY
+            _add_page(parts, optimizer, records, part, max_grad_norm, masks)
 
 
-def _forget_pass(model: nn.Module, optimizer: SubjectOptimizer) -> None:
-    """Take back what a pass that was cut short left on the model.
-
-    Opacus keeps activations on each layer and a count of forward passes on each parameter. Left
-    there, they make every later batch raise as well: one record would silence all others.
-    """
-    optimizer.forget()
-    for module in model.modules():
-        for mark in ("activations", "max_batch_len"):
-            vars(module).pop(mark, None)
-    for parameter in model.parameters():
-        vars(parameter)["_forward_counter"] = 0
-        vars(parameter).pop("_current_grad_sample", None)
+def _page(column: npt.NDArray[np.generic], page: npt.NDArray[np.int64]) -> torch.Tensor:
+    """Lay a column of the records out on a page; places without a record hold zeros."""
+    laid = np.zeros((len(page), *column.shape[1:]), column.dtype)
+    laid[page != EMPTY] = column[page[page != EMPTY]]
+    return torch.from_numpy(laid)
 
 
 def train_plain(

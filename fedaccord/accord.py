@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 import tomllib
 from functools import cached_property
@@ -17,16 +15,14 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from fedaccord import evidence, registry
+from fedaccord import evidence, registry, units
 from fedaccord.errors import AccordError
-
-
-class _Fault(ValueError):
-    """A fault with its own full sentence, which pydantic collects with the others."""
+from fedaccord.faults import Fault, lines, toml
 
 
 def _known(kind: str) -> AfterValidator:
@@ -46,7 +42,7 @@ def _option(value: Any) -> Any:
     if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise ValueError(
-        f"{_toml(value)} must be a finite number, true, false or a string in quotes. "
+        f"{toml(value)} must be a finite number, true, false or a string in quotes. "
         "Change it in the accord."
     )
 
@@ -76,6 +72,20 @@ class SiteSection(Section):
 
     name: Name
     subjects: int = Field(ge=1, le=10**9)
+    records: int | None = Field(default=None, ge=1, le=10**9, validate_default=True)
+
+    @field_validator("records")
+    @classmethod
+    def _one_a_subject(cls, records: int | None, found: ValidationInfo) -> int | None:
+        """Fill the default in, so that an accord without it has the digest of one with it."""
+        subjects = found.data.get("subjects")  # missing where it has a fault of its own
+        if records is not None and subjects is not None and records < subjects:
+            site = found.data.get("name", "?")
+            raise Fault(
+                f"sites[{site}].records = {records} is below sites[{site}].subjects = {subjects}, "
+                "and each subject has a record. Raise it or leave it out."
+            )
+        return subjects if records is None else records
 
 
 class ModelSection(Section):
@@ -112,7 +122,7 @@ class StrategySection(Section):
 
 
 class PrivacySection(Section):
-    """[privacy]: the protection of each training subject at its site."""
+    """[privacy]: the protection of each training subject at its site, or of each site."""
 
     enabled: bool = True
     target_epsilon: float | None = Field(default=None, gt=0, le=20)
@@ -121,20 +131,32 @@ class PrivacySection(Section):
     max_epsilon: float = Field(default=10.0, gt=0, le=100)
     sampling_prob: float = Field(gt=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e6)
+    engine: Literal["hooks", "ghost"] = "hooks"
+    precision: Literal["float64", "float32", "bfloat16"] = "float64"
+    unit: Literal["subject", "client"] = "subject"
+    clipping_norm: float | None = Field(default=None, ge=1e-9, le=1e6)
+    target_quantile: float | None = Field(default=None, gt=0, lt=1)
+    clipping_learning_rate: float = Field(default=0.2, gt=0, le=10)
+    count_noise: float | None = Field(default=None, gt=0, le=1e9)
     neighboring_relation: Literal["add-or-remove-one"] = "add-or-remove-one"
 
     @model_validator(mode="after")
     def _one_of_two(self) -> PrivacySection:
         if self.enabled and (self.target_epsilon is None) == (self.noise_multiplier is None):
             remedy = "Give one" if self.target_epsilon is None else "Keep one, remove the other"
-            raise _Fault(
+            raise Fault(
                 "privacy: exactly one of target_epsilon and noise_multiplier says how much noise "
                 f"there is. {remedy}."
             )
         if self.target_epsilon is not None and self.target_epsilon > self.max_epsilon:
-            raise _Fault(
+            raise Fault(
                 f"privacy.target_epsilon = {self.target_epsilon} is above privacy.max_epsilon = "
                 f"{self.max_epsilon}, the cap of every site. Lower the one or raise the other."
+            )
+        if self.engine == "ghost" and self.precision != "float64":
+            raise Fault(
+                f'privacy.precision = "{self.precision}" does not go with privacy.engine = '
+                '"ghost", whose sum would be too coarse. Choose "float64" or the engine "hooks".'
             )
         return self
 
@@ -152,7 +174,7 @@ class FairnessSection(Section):
     @classmethod
     def _once_each(cls, names: list[str]) -> list[str]:
         if len(set(names)) != len(names):
-            raise _Fault(f"fairness.attributes = {_toml(names)} names one twice. Name each once.")
+            raise Fault(f"fairness.attributes = {toml(names)} names one twice. Name each once.")
         return names
 
 
@@ -191,20 +213,22 @@ class Accord(Section):
         names = [site.name for site in self.sites]
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise _Fault(f'sites: "{twice}" is listed twice. List each site once.')
+            raise Fault(f'sites: "{twice}" is listed twice. List each site once.')
         for key in ("min_sites", "sites_per_round"):
             value = getattr(self.rounds, key)
             if value is not None and value > len(names):
-                raise _Fault(
+                raise Fault(
                     f"rounds.{key} = {value} is above {len(names)}, the number of [[sites]]. "
                     "Lower it or list more sites."
                 )
         drawn = self.rounds.sites_per_round
         if drawn is not None and drawn < self.rounds.min_sites:
-            raise _Fault(
+            raise Fault(
                 f"rounds.sites_per_round = {drawn} is below rounds.min_sites = "
                 f"{self.rounds.min_sites}, so no round could count. Raise it."
             )
+        if words := units.fault(self):
+            raise Fault(words)
         return self
 
     @cached_property
@@ -266,98 +290,5 @@ def parse(data: dict[str, Any], where: str = "accord") -> Accord:
     try:
         return Accord.model_validate(data)
     except ValidationError as faults:
-        found = faults.errors()
-        meant = {_meant(fault) for fault in found} - {()}  # misspelt is not missing as well
-        lines = [_sentence(fault, data) for fault in found if tuple(fault["loc"]) not in meant]
-        raise AccordError("\n".join(f"{where}: {line}" for line in lines)) from None
-
-
-_BOUNDS = {
-    "greater_than": ("must be greater than", "gt", "Raise it."),
-    "greater_than_equal": ("must be at least", "ge", "Raise it."),
-    "less_than": ("must be less than", "lt", "Lower it."),
-    "less_than_equal": ("must be at most", "le", "Lower it."),
-}
-_TYPES = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "a string in quotes",
-    "list_type": "a list in [ ]",
-    "dict_type": "a table",
-    "model_type": "a table",
-}
-
-
-def _fields(path: list[str]) -> list[str]:
-    """Names that stand in the table at a path, for the hint on a misspelt key."""
-    model: Any = Accord
-    for part in path:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        for inner in (annotation, *getattr(annotation, "__args__", ())):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                model = inner
-    return list(model.model_fields)
-
-
-def _meant(fault: Any) -> tuple[str | int, ...]:
-    """Where a misspelt key probably belongs; () for any other fault."""
-    if fault["type"] != "extra_forbidden":
-        return ()
-    *table, key = fault["loc"]
-    known = _fields([part for part in table if isinstance(part, str)])
-    return (*table, *difflib.get_close_matches(str(key), known, n=1, cutoff=0.5))
-
-
-def _toml(value: Any) -> str:
-    """Write a value about as TOML has it, on one line and not too long."""
-    text = json.dumps(value, ensure_ascii=False, default=str).replace("NaN", "nan")
-    text = text.replace("Infinity", "inf")
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _where(loc: tuple[str | int, ...], data: dict[str, Any]) -> str:
-    """Write the place of a fault: "rounds.timeout", "sites[va].subjects"."""
-    words, here = "", data
-    for part in loc:
-        here = here[part] if isinstance(part, int) or part in here else {}  # type: ignore[index]
-        if isinstance(part, int):
-            name = here.get("name") if isinstance(here, dict) and loc[-1] != "name" else None
-            words += f"[{name}]" if isinstance(name, str) else f"[number {part + 1}]"
-        else:
-            words += ("." if words else "") + json.dumps(part, ensure_ascii=False)[1:-1]
-    return words
-
-
-def _sentence(fault: Any, data: dict[str, Any]) -> str:
-    """Say one fault of pydantic's in one line: parameter, value, bound, remedy."""
-    where, kind, context = _where(fault["loc"], data), fault["type"], fault.get("ctx", {})
-    given = f"{where} = {_toml(fault['input'])}"
-    if kind == "extra_forbidden":
-        *table, key = fault["loc"]
-        known = _fields([part for part in table if isinstance(part, str)])
-        hint = registry.nearest(str(key), known)
-        return f'key "{where}" is not known.{hint} Known here: {", ".join(known)}.'
-    if kind == "missing":
-        return f'key "{where}" is missing. Add it; the bundled accord "heart" explains it.'
-    if kind == "value_error":
-        fault_itself = context["error"]
-        return str(fault_itself) if isinstance(fault_itself, _Fault) else f"{where}: {fault_itself}"
-    if kind in _BOUNDS:
-        words, key, remedy = _BOUNDS[kind]
-        return f"{given} {words} {context[key]:.15g}. {remedy}"
-    if kind in _TYPES:
-        return f"{given} must be {_TYPES[kind]}. Change it in the accord."
-    if kind == "string_pattern_mismatch":
-        return (
-            f"{given} must be lower-case letters, digits and hyphens, at most 32, and start with "
-            "a letter. Rename it."
-        )
-    if kind in ("string_too_short", "too_short"):
-        return f"{given} must not be empty. Fill it in."
-    if kind == "string_too_long":
-        length, bound = len(fault["input"]), context["max_length"]
-        return f"{given} has {length} characters, at most {bound} fit. Shorten it."
-    message = fault["msg"].removeprefix("Input should be ").replace("'", '"')
-    return f"{given} must be {message}. Change it in the accord."
+        found = lines(faults, data, Accord, "the accord", 'the bundled accord "heart" explains it')
+        raise AccordError("\n".join(f"{where}: {line}" for line in found)) from None

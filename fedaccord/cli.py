@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fedaccord import __version__
+from fedaccord import __version__, cli_conformance, cli_ledger, cli_plan, cli_site
 from fedaccord.errors import BudgetError, FedAccordError
 
 # Flower reads these when it is imported or started; nothing that FedAccord starts calls home.
@@ -28,6 +28,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated learning with differential privacy, fairness audits and evidence.",
 )
+
+app.add_typer(cli_ledger.app, name="ledger")
+app.add_typer(cli_site.app, name="site")
+app.add_typer(cli_conformance.app)
+app.add_typer(cli_plan.app)
 
 AccordFile = Annotated[
     str, typer.Argument(help="A TOML file, or the name of a bundled accord (heart).")

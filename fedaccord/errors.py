@@ -16,6 +16,18 @@ class TaskError(FedAccordError):
     """A task whose data is missing, altered or outside its declared bounds."""
 
 
+class PolicyError(FedAccordError):
+    """An accord or a moment that a site's policy rules out.
+
+    Attributes:
+        rule: the key of the policy that refuses; "policy.toml" where the file itself is at fault.
+    """
+
+    def __init__(self, rule: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.rule = rule
+
+
 class BudgetError(FedAccordError):
     """A plan or a round that a site's ledger has no room for."""
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import math
-from decimal import ROUND_CEILING, Context, Decimal
-from functools import cache
+from collections import Counter
+from collections.abc import Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from functools import cache, lru_cache
 from typing import Any
 
 import dp_accounting
 from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import RdpAccountant
 
 from fedaccord.errors import AccordError
@@ -28,6 +31,7 @@ RELATIONS = {
     "replace-one": NeighboringRelation.REPLACE_ONE,
 }
 NON_PRIVATE: Event = {"type": "NonPrivate"}
+INTERVAL = 1e-4  # grid of the privacy losses, to which they are rounded so that epsilon grows
 
 
 def dp_sgd(noise_multiplier: float, sampling_prob: float, steps: int) -> Event:
@@ -48,11 +52,81 @@ def compose(events: list[Event]) -> Event:
     return {"type": "Composed", "events": events}
 
 
+def tries(event: Event, count: int) -> Event:
+    """Describe as many runs of the same plan, each of which the coordinator sees.
+
+    Choosing the best of them is free then, since all were paid for. Cheaper rules for the best of
+    many runs (Papernot and Steinke 2022) hold only where nobody sees the others, and do not apply.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"tries = {count} must be at least 1.")
+    return {"type": "SelfComposed", "count": count, "event": event}
+
+
+def normalised(event: Event) -> Event:
+    """Merge what is equal in an event, so that equal costs are one event and are computed once.
+
+    | part | becomes |
+    |---|---|
+    | the same mechanism in several places | one, with the sum of the counts |
+    | PoissonSampled with probability 1 | the plain Gaussian |
+    | PoissonSampled with probability 0 | nothing |
+    | NonPrivate, or a noise multiplier of 0 | all of it NonPrivate |
+
+    Raises:
+        ValueError: an event of a kind that FedAccord never writes, or a count below 1.
+    """
+    parts: Counter[tuple[float, float]] = Counter()
+    if not _collect(event, 1, parts):
+        return NON_PRIVATE
+    composed: list[Event] = []
+    for (sigma, q), count in sorted(parts.items()):
+        inner: Event = {"type": "Gaussian", "noise_multiplier": sigma}
+        if q < 1:
+            inner = {"type": "PoissonSampled", "sampling_prob": q, "event": inner}
+        composed.append({"type": "SelfComposed", "count": count, "event": inner})
+    return composed[0] if len(composed) == 1 else compose(composed)
+
+
+def _collect(event: Event, count: int, parts: Counter[tuple[float, float]]) -> bool:
+    """Count mechanisms by (noise multiplier, sampling probability); False: not private."""
+    kind = event.get("type")
+    if kind == "NonPrivate":
+        return False
+    if kind == "Composed":
+        return all(_collect(inner, count, parts) for inner in event["events"])
+    if kind == "SelfComposed":
+        times = event["count"]
+        if not isinstance(times, int) or times < 1:
+            raise ValueError(f"event count = {times} must be a whole number of at least 1.")
+        return _collect(event["event"], count * times, parts)
+    if kind == "PoissonSampled" and event["event"].get("type") == "Gaussian":
+        sigma, q = float(event["event"]["noise_multiplier"]), float(event["sampling_prob"])
+    elif kind == "Gaussian":
+        sigma, q = float(event["noise_multiplier"]), 1.0
+    else:
+        dp_event(event)  # says what is wrong with a kind that FedAccord never writes
+        raise ValueError(f"event {kind} of {event['event'].get('type')} is not accounted for.")
+    if not (0 <= sigma < math.inf and 0 <= q <= 1):
+        raise ValueError(
+            f"event noise_multiplier = {sigma:g}, sampling_prob = {q:g}: must be 0 or more, and "
+            "in [0, 1]."
+        )
+    if q > 0:
+        parts[sigma, q] += count
+    return q == 0 or sigma > 0
+
+
 def dp_event(event: Event) -> dp_accounting.DpEvent:
     """Turn a recorded event into dp-accounting's.
 
     Raises:
-        ValueError: an event of a kind that FedAccord never writes.
+        ValueError: an event of a kind that FedAccord never writes. Of these, RepeatAndSelect is
+            refused for a reason of its own: it prices the best of many runs on the condition that
+            nobody sees the others, and the coordinator sees them all.
     """
     kind = event.get("type")
     if kind == "Gaussian":
@@ -66,6 +140,11 @@ def dp_event(event: Event) -> dp_accounting.DpEvent:
         return dp_accounting.ComposedDpEvent([dp_event(inner) for inner in event["events"]])
     if kind == "NonPrivate":
         return dp_accounting.NonPrivateDpEvent()
+    if str(kind).startswith("RepeatAndSelect"):
+        raise ValueError(
+            f'event type "{kind}" is refused: it holds only where nobody sees the runs that were '
+            "not selected, and the coordinator sees every one. Compose all tries."
+        )
     raise ValueError(f'event type "{kind}" is not one that FedAccord accounts for.')
 
 
@@ -87,15 +166,73 @@ def epsilon(
     Returns:
         Epsilon; infinity if anything in the event is not private.
     """
-    return _epsilon(canonical_json(event), delta, relation, accountant)
+    return _epsilon(canonical_json(normalised(event)), delta, relation, accountant)
 
 
 @cache
 def _epsilon(event_json: str, delta: float, relation: str, accountant: str) -> float:
-    make = {"PLD": PLDAccountant, "RDP": RdpAccountant}[accountant]
-    book = make(neighboring_relation=RELATIONS[relation])
-    book.compose(dp_event(json.loads(event_json)))
+    event = json.loads(event_json)
+    if event == NON_PRIVATE:
+        return math.inf
+    if accountant == "PLD":
+        return float(_loss(event_json, relation).get_epsilon_for_delta(delta))
+    if accountant != "RDP":
+        raise ValueError(f'accountant = "{accountant}" must be "PLD" or "RDP".')
+    book = RdpAccountant(neighboring_relation=RELATIONS[relation])
+    book.compose(dp_event(event))
     return float(book.get_epsilon(delta))
+
+
+def loss(event: Event, relation: str = "add-or-remove-one") -> pld.PrivacyLossDistribution:
+    """Return the privacy loss distribution of an event, rounded so that it under-counts nothing.
+
+    Raises:
+        ValueError: an event that is not private, which has none.
+    """
+    plain = normalised(event)
+    if plain == NON_PRIVATE:
+        raise ValueError("an event that is not private has no privacy loss distribution.")
+    return _loss(canonical_json(plain), relation)
+
+
+@lru_cache(maxsize=16)
+def _loss(event_json: str, relation: str) -> pld.PrivacyLossDistribution:
+    """Compose as dp-accounting's PLDAccountant does, from steps that are kept."""
+    event = json.loads(event_json)
+    total = pld.identity(value_discretization_interval=INTERVAL)
+    for part in event["events"] if event["type"] == "Composed" else [event]:
+        step, count = part["event"], part["count"]
+        if step["type"] == "Gaussian":  # many are one with less noise, exactly
+            sigma = step["noise_multiplier"] / math.sqrt(count)
+            composed = _step(sigma, 1.0, relation)
+        else:
+            sigma = step["event"]["noise_multiplier"]
+            composed = _step(sigma, step["sampling_prob"], relation).self_compose(count)
+        total = total.compose(composed)
+    return total
+
+
+@lru_cache(maxsize=32)
+def _step(sigma: float, q: float, relation: str) -> pld.PrivacyLossDistribution:
+    """One step's distribution, which takes longer to build than to compose thousands of times."""
+    return pld.from_gaussian_mechanism(
+        sigma,
+        sampling_prob=q,
+        value_discretization_interval=INTERVAL,
+        neighboring_relation=RELATIONS[relation],
+    )
+
+
+def would_exceed(held: Sequence[Event], event: Event, bound: float, delta: float) -> bool:
+    """Tell whether one event more passes a bound on epsilon, all of them fixed in advance (PLD).
+
+    Args:
+        held: what is reserved already.
+        event: what is asked for.
+        bound: the largest epsilon; NaN is passed by everything.
+        delta: in (0, 1).
+    """
+    return not epsilon(compose([*held, event]), delta) <= bound
 
 
 @cache
@@ -155,6 +292,14 @@ def round_up(value: float, digits: int = 2) -> float:
         return value
     step = Decimal(1).scaleb(-digits)
     return float(Decimal(repr(value)).quantize(step, ROUND_CEILING, Context(prec=400)))
+
+
+def round_down(value: float, digits: int = 2) -> float:
+    """Round what is left of a cap down, so that it is never printed above the true figure."""
+    if math.isinf(value):
+        return value
+    step = Decimal(1).scaleb(-digits)
+    return float(Decimal(repr(value)).quantize(step, ROUND_FLOOR, Context(prec=400)))
 
 
 def show(value: float, digits: int = 2) -> str:

@@ -1,17 +1,19 @@
-"""Per-subject clipping in float64, inside Opacus' optimiser."""
+"""Per-subject clipping in float64, and the optimiser that releases a step's clipped sum."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from opacus.optimizers import DPOptimizer
+from torch import nn
 from torch.optim import Optimizer
 
 from fedaccord.privacy.noise import Source
 from fedaccord.privacy.plan import PrivacyPlan
 
 
-def clipped_sum(gradients: list[torch.Tensor], max_grad_norm: float) -> torch.Tensor:
+def clipped_sum(
+    gradients: list[torch.Tensor], max_grad_norm: float, keep: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sum per-subject gradients, each scaled to an L2 norm of at most `max_grad_norm`.
 
     One subject moves the result by at most `max_grad_norm` up to float64 rounding, whatever the
@@ -22,22 +24,35 @@ def clipped_sum(gradients: list[torch.Tensor], max_grad_norm: float) -> torch.Te
     | any coordinate infinite or NaN | zero |
     | norm above the bound | itself, scaled to the bound |
     | norm at most the bound | itself |
+    | of a row that is not kept | zero |
     | (no subjects) | a sum of zeros |
 
     Args:
         gradients: one tensor a parameter, each (batch, *shape of the parameter), any float dtype.
         max_grad_norm: L2 bound over all parameters together, above 0.
+        keep: bool (batch,), which rows are a subject's; all by default.
 
     Returns:
         float64 (d,), d the number of weights, in the order of `gradients`.
     """
-    flat = torch.cat([g.reshape(len(g), _width(g)) for g in gradients], dim=1)
-    flat = flat.to(torch.float64)  # (batch, d); float32's largest square still fits
-    finite = torch.isfinite(flat).all(dim=1, keepdim=True)
-    flat = torch.where(finite, flat, torch.zeros_like(flat))  # 0 * inf would be NaN
-    norms = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    factor = max_grad_norm / torch.clamp(norms, min=max_grad_norm)
-    return (flat * factor).sum(dim=0)
+    rows = [gradient.reshape(len(gradient), _width(gradient)) for gradient in gradients]
+    norms = torch.stack([torch.linalg.vector_norm(r, dim=1, dtype=torch.float64) for r in rows])
+    factor = factors(torch.linalg.vector_norm(norms, dim=0), max_grad_norm, keep)[:, None]
+    return torch.cat(  # `where` and not times 0, since 0 * inf is NaN
+        [(torch.where(factor > 0, r, torch.zeros_like(r)).double() * factor).sum(0) for r in rows]
+    )
+
+
+def factors(
+    norms: torch.Tensor, max_grad_norm: float, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Work out what each gradient is multiplied by, from its norm (batch,): at most 1.
+
+    Zero where the norm is not finite, as where any coordinate is not, or the row is not kept.
+    """
+    scale = max_grad_norm / torch.clamp(norms, min=max_grad_norm)
+    used = torch.isfinite(norms) if keep is None else torch.isfinite(norms) & keep.to(norms.device)
+    return torch.where(used, scale, torch.zeros_like(scale))
 
 
 def _width(gradient: torch.Tensor) -> int:
@@ -45,60 +60,43 @@ def _width(gradient: torch.Tensor) -> int:
     return int(np.prod(gradient.shape[1:], dtype=np.int64))
 
 
-class SubjectOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus' optimiser with the plan's clip, noise and normaliser in the plan's order.
+class SubjectOptimizer:
+    """A torch optimiser that is fed by the plan alone, in the plan's order.
 
-    Gradient of each subject -> non-finite to zero -> clip -> sum -> noise on the finished sum ->
-    grid -> divide by the declared normaliser -> the wrapped optimiser. Each step takes its own
-    `Source`; torch's generators are not used.
+    Clipped sum over a step's pages -> noise on the finished sum -> grid -> divide by the declared
+    normaliser -> the wrapped optimiser. Each step takes its own `Source`; torch's generators are
+    not used, and there is no dynamic scale between clip and noise.
     """
 
     def __init__(self, optimizer: Optimizer, plan: PrivacyPlan) -> None:
-        super().__init__(
-            optimizer,
-            noise_multiplier=plan.noise_multiplier,
-            max_grad_norm=plan.max_grad_norm,
-            expected_batch_size=None,
-            loss_reduction="sum",
-        )
+        self._optimizer = optimizer
         self._plan = plan
-        self._total = self._zeros()
+        self._parameters: list[nn.Parameter] = [
+            p for group in optimizer.param_groups for p in group["params"]
+        ]
+        self.discard()
 
-    def _zeros(self) -> torch.Tensor:
-        return torch.zeros(sum(p.numel() for p in self.params), dtype=torch.float64)
-
-    def accumulate(self, records: int) -> None:
-        """Add the clipped gradients of one micro-batch to the step's sum and forget them.
-
-        Raises:
-            ValueError: a parameter without one gradient for each of the `records`, as where a layer
-                folds a second axis into the batch; clipping would bound parts of a record.
-        """
-        gradients = self.grad_samples
-        if any(len(gradient) != records for gradient in gradients):
-            raise ValueError("a layer does not have one gradient for each record")
-        self._total += clipped_sum(gradients, self.max_grad_norm).cpu()
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop per-subject gradients that were not added, e.g. after a data error."""
-        for parameter in self.params:
-            parameter.grad_sample = None
-            parameter.grad = None
+    def add(self, total: torch.Tensor) -> None:
+        """Add one page's clipped sum, float64 (d,), to the step's."""
+        self._total += total
 
     def discard(self) -> None:
         """Drop the step's sum: what follows is a step of noise alone."""
-        self.forget()
-        self._total = self._zeros()
+        self._total = torch.zeros(sum(p.numel() for p in self._parameters), dtype=torch.float64)
 
-    def noisy_step(self, source: Source) -> None:
-        """Release the step's sum under the plan and let the wrapped optimiser use it."""
+    def noisy_step(self, source: Source) -> torch.Tensor:
+        """Release the step's sum under the plan and let the wrapped optimiser use it.
+
+        Returns:
+            What was released: the private mean, float64 (d,).
+        """
         mean = torch.from_numpy(self._plan.release(self._total.numpy(), source))
-        self._total = self._zeros()
+        self.discard()
         offset = 0
-        for parameter in self.params:
+        for parameter in self._parameters:
             part = mean[offset : offset + parameter.numel()]
             offset += parameter.numel()
             parameter.grad = part.view_as(parameter).to(parameter.device, parameter.dtype)
-        self.original_optimizer.step()
-        self.original_optimizer.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return mean

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fedaccord.privacy import accounting
-from fedaccord.reports.reading import RESERVATIONS, Evidence, text
+from fedaccord.privacy import accounting, budget
+from fedaccord.privacy.budget import Cap
+from fedaccord.privacy.ledger import reserved
+from fedaccord.privacy.tradeoff import FALSE_POSITIVES
+from fedaccord.reports.reading import Evidence, text
 
 Row = dict[str, Any]
 
 INFINITE = "infinite"
 # Beyond this RDP epsilon the exact one takes gigabytes, and no plan that protects is near it.
 LARGEST = 300.0
-FALSE_ALARM = 0.01  # at which the report says what a membership test can find
 
 
 def cost(event: accounting.Event, delta: float, **how: str) -> float | str:
@@ -33,21 +35,48 @@ def cost(event: accounting.Event, delta: float, **how: str) -> float | str:
         raise ValueError(f"{type(fault).__name__}: {fault}") from None
 
 
+def gate(
+    first: list[accounting.Event], later: list[accounting.Event], cap: float | str, delta: float
+) -> float | str:
+    """Recompute what reservations come to as a site's cap counts them (see `budget.spent`).
+
+    Args:
+        first: events reserved before any result had left the site.
+        later: events reserved afterwards.
+        cap: the site's largest epsilon, or "infinite".
+        delta: at which the cap is stated.
+
+    Raises:
+        ValueError: as `cost`.
+    """
+    whole = cost(accounting.compose([*first, *later]), delta)
+    if isinstance(whole, str) or isinstance(cap, str):
+        return whole
+    return budget.spent(first, later, Cap(cap, delta))
+
+
 def costs(evidence: Evidence) -> Row:
     """Gather what the evidence says on privacy.
 
     Returns:
-        "headline" (the highest claim of a site, or null), "sites" (a row each), "rounds" (the
-        epsilon that a plan of as many rounds as were used would have had).
+        "unit", "headline" (the highest claim of a site, or null), "sites" (a row each), "rounds"
+        (what each site had spent by then, by the odometer), "mechanism" (under client-level
+        privacy the clipping norm and the noise of each round that counted).
     """
     agreed = evidence.accord.privacy
     sites = [_site(evidence, plan) for plan in evidence.kind("plan")]
     return {
         "private": agreed.enabled,
+        "unit": agreed.unit,
         "neighboring_relation": agreed.neighboring_relation,
         "headline": _headline(evidence, sites) if agreed.enabled and sites else None,
         "sites": sites,
         "rounds": [_round(record) for record in evidence.kind("round")],
+        "mechanism": [
+            {"round": record["round"], "record": record["id"]} | {"unclipped": None} | said
+            for record in evidence.kind("round")
+            if (said := record.get("mechanism"))
+        ],
     }
 
 
@@ -69,20 +98,16 @@ def _headline(evidence: Evidence, sites: list[Row]) -> Row:
     """Pick the highest claim of a site, and say at which sites it holds."""
     highest = max(sites, key=lambda row: row["epsilon"])
     shared = ("epsilon", "delta", "noise_multiplier", "sampling_prob", "steps", "rounds_reserved")
-    kept = {key: highest[key] for key in (*shared, "statement", "record")}
-    epsilon, delta = highest["epsilon"], highest["delta"]
+    kept = {key: highest[key] for key in (*shared, "clipping_norm", "statement", "record")}
+    epsilon = highest["epsilon"]
     return kept | {
         "alike": all(row["epsilon"] == epsilon for row in sites),
         "sites": [row["site"] for row in sites],
         "rounds_planned": {"value": evidence.accord.rounds.rounds, "record": "accord.toml"},
         "rounds_spare": {"value": evidence.accord.rounds.spare_rounds, "record": "accord.toml"},
         "membership": {
-            "false_alarm": FALSE_ALARM,
-            "found_at_most": min(
-                1.0,
-                math.exp(epsilon) * FALSE_ALARM + delta,
-                1 - math.exp(-epsilon) * (1 - delta - FALSE_ALARM),
-            ),
+            "false_alarm": FALSE_POSITIVES["tpr_at_1_in_100"],
+            "found_at_most": highest["membership"]["tpr_at_1_in_100"],
             "record": highest["record"],
         },
     }
@@ -102,11 +127,13 @@ def _site(evidence: Evidence, record: Row) -> Row:
         "epsilon": epsilon.get("PLD", INFINITE),
         "epsilon_rdp": epsilon.get("RDP", INFINITE),
         "epsilon_replace_one": epsilon.get("replace-one", INFINITE),
+        "membership": record.get("membership"),
         "delta": plan.get("delta"),
         "noise_multiplier": plan.get("noise_multiplier"),
         "noise_stddev": record.get("noise_stddev"),
         "sampling_prob": plan.get("sampling_prob"),
         "max_grad_norm": plan.get("max_grad_norm"),
+        "clipping_norm": plan.get("clipping_norm"),
         "slack": plan.get("slack"),
         "steps": plan.get("steps"),
         "subjects": plan.get("subjects"),
@@ -116,31 +143,32 @@ def _site(evidence: Evidence, record: Row) -> Row:
         "reservation": f"ledger/{site}/{entry['seq']}",
         "used": None
         if used is None
-        else {"rounds": used["rounds_used"], "epsilon": used["curve"], "record": last[0]["id"]},
-        "ledger": _ledger(evidence, site, entry["cap"]),
+        else {"rounds": used["rounds_used"], "epsilon": used["odometer"], "record": last[0]["id"]},
+        "ledger": _ledger(evidence, site, entry),
     }
 
 
-def _ledger(evidence: Evidence, site: str, cap: Row) -> Row:
-    """Add up everything that a site's ledger reserves, this run's plan and all others."""
-    entries = evidence.ledgers.get(site)
+def _ledger(evidence: Evidence, site: str, own: Row) -> Row:
+    """Add up what a site's ledger reserves for the same subjects, in this run and all others."""
+    cap, entries = own["cap"], evidence.ledgers.get(site)
     row = {"epsilon": None, "reservations": None, "missing": None, "record": f"ledger/{site}"}
     row |= {"cap": cap["epsilon"], "delta": cap["delta"]}
     if entries is None:
         words = evidence.damaged.get(site, "the site's ledger was not handed over to the run")
         return row | {"missing": words, "record": f"plan/{site}"}
-    events = [entry["event"] for entry in entries if entry["kind"] in RESERVATIONS]
+    mine = next((e for e in entries if e["seq"] == own["seq"]), own)
+    first, later, _ = reserved(entries, mine["dataset"], mine["disjoint"])
     try:
-        total = cost(accounting.compose(events), cap["delta"])
+        total = gate(first, later, cap["epsilon"], cap["delta"])
     except ValueError as fault:
         return row | {"missing": f"the ledger cannot be added up: {fault}"}
     if not isinstance(total, str):
         total = accounting.round_up(total, 6)
-    return row | {"epsilon": total, "reservations": len(events)}
+    return row | {"epsilon": total, "reservations": len(first) + len(later)}
 
 
 def _round(record: Row) -> Row:
-    """List each site's used rounds and epsilon after a round."""
+    """List each site's used rounds and what they had spent after a round, by the odometer."""
     return {
         "round": record["round"],
         "record": record["id"],
@@ -148,7 +176,7 @@ def _round(record: Row) -> Row:
             {
                 "site": site,
                 "rounds_used": row["rounds_used"],
-                "epsilon": row["curve"],
+                "epsilon": row["odometer"],
                 "reserved": row["reserved"],
             }
             for site, row in sorted(record["epsilon"].items())

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedaccord.reports import agreed, costs, limits
+from fedaccord.reports import agreed, costs, limits, trust
 from fedaccord.reports.reading import ACCORD, Evidence, read, text
 from fedaccord.runs import MANIFEST, RunFolder
 
@@ -28,7 +28,7 @@ def facts(run: Path) -> Row:
 
     Guarantee: every number stands in an object that carries `record`, the id of the record that
     it came from, or inside such an object. No figure is made here but the epsilon of a site's
-    whole ledger and the bound on membership tests; the others are the records' own.
+    whole ledger; the others are the records' own.
 
     Raises:
         EvidenceError: not a run's folder, or a file in it that cannot be read.
@@ -49,6 +49,7 @@ def facts(run: Path) -> Row:
         "fairness": _fairness(evidence),
         "releases": sent,
         "not_protected": limits.not_protected(evidence, sent),
+        "trust": {"heads": list(trust.HEADS), "modes": trust.table(evidence)},
         "incidents": _incidents(evidence),
     }
 

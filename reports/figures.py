@@ -84,9 +84,9 @@ def accuracy(rounds: list[Row]) -> str:
 
 
 def epsilon(privacy: Row) -> str:
-    """Draw the epsilon of the rounds used so far by site, against what is reserved and the cap.
+    """Draw what each site has spent so far by the odometer, against the reserved plan and the cap.
 
-    Sites that have the same curve, claim, ledger and cap share a line.
+    Sites that have the same points, claim, ledger and cap share a line.
     """
     curves: dict[tuple[Any, ...], list[str]] = {}
     for site in privacy["sites"]:
@@ -109,7 +109,7 @@ def epsilon(privacy: Row) -> str:
             colour = CYCLE[place % len(CYCLE)]
             names = ", ".join(sites) if len(sites) < 5 else f"{len(sites)} sites alike"
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=colour, marker="o", markersize=3, label=f"used by {names}")
+            axes.plot(x, y, color=colour, marker="o", markersize=3, label=f"spent by {names}")
             levels.setdefault((claim, "reserved: the claim", "--"), set()).add(colour)
             if not isinstance(total, str | None) and total > claim + 1e-3:
                 levels.setdefault((total, "whole ledger", ":"), set()).add(colour)
@@ -122,10 +122,12 @@ def epsilon(privacy: Row) -> str:
             marks.append((height, words, colour))
         axes.legend(loc="best", frameon=False, labelcolor="linecolor")
         _prepare(axes, "", list(range(1, last + 1)))
-        axes.set_ylim(0, 1.06 * max(y for y, *_ in marks))
+        highest = max(y for points, *_ in curves for _, y in points)
+        axes.set_ylim(0, 1.06 * max(highest, *(y for y, *_ in marks)))
         axes.set_ylabel("epsilon")
         _label(axes, marks)
-        return _svg(figure, "Epsilon by site and round, against the reserved epsilon and the cap.")
+        words = "Epsilon spent by site and round, against the reserved epsilon and the cap."
+        return _svg(figure, words)
 
 
 def parity(attribute: Row, bound: float | None) -> str:

@@ -79,7 +79,7 @@ def not_protected(evidence: Evidence, sent: list[Row]) -> list[str]:
         *([_COUNTS] if exact else []),
         _DECISIONS,
         f"Tuning of the settings, in the accord's own words: {evidence.accord.tuning}.",
-        *(_PRIVATE if private else []),
+        *(_ABOUT[evidence.accord.privacy.unit] if private else []),
         *_ALWAYS,
         *([_SMALL] if exact else []),
         _ENGINES.get(engine, _ENGINES[""]),
@@ -107,21 +107,36 @@ _DECISIONS = (
     "several) rest on evaluation subjects without protection. They also make the figures shown "
     "here look better than new subjects would."
 )
-_PRIVATE = [
+_NOISED = [
     "The coordinator sees each site's noised weights one by one. The stated epsilon holds against "
     "it; there is no secure aggregation on top.",
     "A person with records at two sites is protected at each of them separately; the losses at "
     "the two add up.",
+]
+_BARE = [
+    "The coordinator, whoever runs it and whoever can read its memory, sees every site's update "
+    "without noise, and such updates may reveal records. The stated epsilon does not hold against "
+    "them: it holds against those who see the noised mean of each round, the models and the "
+    "student made from it, and this evidence.",
+    "That a site takes part, is asked and answers is on record for everybody. What epsilon hides "
+    "is what its records did to its update.",
+    "A person with records at two sites changes two updates of one mean. The stated epsilon is for "
+    "one; for two it is more than twice as high.",
+]
+_BOTH = [
     "Epsilon bounds what is learned from one person's taking part. What the model says of people "
     "in general, and so of a person whose findings are known, is its purpose and is not hidden.",
     "Floating-point arithmetic: noise is drawn in 64 bits, with a slack for rounding in gradients, "
     "and the result is rounded to a public grid. Known attacks get harder; this is no proof.",
 ]
+_ABOUT = {"subject": [*_NOISED, *_BOTH], "client": [*_BARE, *_BOTH]}
 _ALWAYS = [
     "That a site ran the mechanism it declared rests on the site's software and on who runs it. "
     "Each release names the build by its hash; the hash does not prove what ran.",
-    "Nothing here is signed yet. The chain of hashes shows an edit, but not that somebody rewrote "
-    "the whole folder: keep the last hash elsewhere.",
+    "A site's ledger is signed with the site's own key, and its peers keep its head, so that not "
+    "even the site can take an entry back unseen. The coordinator's own records are chained but "
+    "not signed: keep the last hash elsewhere. Which key is whose is not fixed by the accord: a "
+    "site that starts anew with another key is not told from one that was never here.",
     "Timing: when a site answers, how long it takes and that it falls silent are not covered.",
     "A site that sends wrong weights or wrong counts on purpose: only their form and the length of "
     "an update are checked.",

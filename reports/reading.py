@@ -10,7 +10,8 @@ from typing import Any
 from fedaccord import accord as accords
 from fedaccord.accord import Accord
 from fedaccord.errors import EvidenceError, LedgerError
-from fedaccord.privacy.ledger import RESERVATIONS, check_chain
+from fedaccord.privacy.chain import Chain, Row
+from fedaccord.privacy.ledger import RESERVATIONS
 from fedaccord.runs import Record, RunFolder
 
 __all__ = ["ACCORD", "RESERVATIONS", "Evidence", "read", "read_ledger", "text"]
@@ -79,8 +80,9 @@ class Evidence:
 
 
 NEEDED: dict[str, dict[str, type]] = {
-    "RESERVE": {"event": dict, "plan": dict, "epsilon": float},
-    "NONPRIVATE": {"event": dict},
+    "RESERVE": {"event": dict, "plan": dict, "epsilon": float, "dataset": str, "disjoint": list},
+    "NONPRIVATE": {"event": dict, "dataset": str, "disjoint": list},
+    "LOST": {"event": dict, "dataset": str},
     "RELEASE": {"covers": str, "bytes": int},
     "COUNTS": {"covers": str, "cells": int},
 }
@@ -90,7 +92,8 @@ def read_ledger(path: Path) -> list[Record]:
     """Read a ledger that a site handed over.
 
     Raises:
-        LedgerError: a line that is no entry, or a chain that is broken.
+        LedgerError: a line that is no entry, a chain that is broken, or a signature that is not
+            the site's.
     """
     out: list[Record] = []
     for number, line in enumerate(path.read_bytes().rstrip(b"\n").split(b"\n"), start=1):
@@ -103,7 +106,7 @@ def read_ledger(path: Path) -> list[Record]:
         if not good:
             raise LedgerError(f"line {number} of ledgers/{path.name} is no entry of a ledger")
         out.append(entry)
-    check_chain(out, f"ledgers/{path.name}")
+    Chain(f"ledgers/{path.name}").extend([Row.of(entry) for entry in out], every=True)
     return out
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from fedaccord.accord import Accord
 from fedaccord.privacy.plan import plan_for
 from fedaccord.reports.checks import Check
+from fedaccord.reports.mechanism import check_mechanisms, equal_weights
 from fedaccord.reports.recompute import check_epsilon
 from fedaccord.runs import Record
 
@@ -107,7 +108,8 @@ def check_rounds(check: Check, records: list[Record], accord: Accord) -> None:
         count = bool(record["aggregated"])
         if count:
             check.equal(f"{where}aggregated", record["aggregated"], accepted, "the replies give")
-        weights = {site: accord.roster.get(site) for site in record["aggregated"]}
+        declared = dict.fromkeys(accord.roster, 1) if equal_weights(accord) else accord.roster
+        weights = {site: declared.get(site) for site in record["aggregated"]}
         check.equal(f"{where}weights", record["weights"], weights, "the accord gives")
         if not count:
             check.equal(f"{where}model", record["model"], model, "no update was used, so it stays")
@@ -119,6 +121,7 @@ def check_rounds(check: Check, records: list[Record], accord: Accord) -> None:
         check.equal("rounds.jsonl: end: model", end["model"], model, "the last round has")
         last = [r["student"] for r in records if r["kind"] == "round"][-1:]
         check.equal("rounds.jsonl: end: student", [end["student"]], last, "the last round has")
+    check_mechanisms(check, records, accord)
     for record in (r for r in records if r["kind"] == "decision"):
         _check_decision(check, record, records, accord)
 
@@ -131,7 +134,7 @@ def _check_cost(
     used: dict[str, int],
     accord: Accord,
 ) -> None:
-    """Recompute what each site's used rounds cost, had the plan been no longer."""
+    """Recompute what each site has spent by the odometer: its used rounds at delta / rounds."""
     check.equal(f"{where}epsilon", sorted(record["epsilon"]), sorted(plans), "the plans are of")
     for site, said in record["epsilon"].items():
         path = f"{where}epsilon.{site}."
@@ -142,9 +145,10 @@ def _check_cost(
         check.equal(f"{path}reserved", said["reserved"], right, "its plan says")
         if plan is None or not rounds:
             free: Any = 0.0 if plan else "infinite"
-            check.equal(f"{path}curve", said["curve"], free)
+            check.equal(f"{path}odometer", said["odometer"], free)
         else:
-            check_epsilon(check, f"{path}curve", said["curve"], plan.event(rounds), plan.delta)
+            event, delta = plan.event(rounds), plan.delta / plan.rounds
+            check_epsilon(check, f"{path}odometer", said["odometer"], event, delta)
 
 
 def _check_decision(check: Check, record: Record, records: list[Record], accord: Accord) -> None:

@@ -34,7 +34,8 @@ def verify(run: Path) -> list[Check]:
     | accord | the digest in the start record |
     | records | their order, and what each says of those before it |
     | plans | the plan that the accord alone gives each site, and its epsilons |
-    | ledger of each site | its chain, its events' epsilons, its cap, and the run's records |
+    | ledger of each site | its chain, signatures, events' epsilons, cap, and the run's records |
+    | heads shown to peers | the ledgers that the sites handed over |
     | figures | counts |
     | models | the digests in the last round and the end record |
     | report.json, report.html | the evidence, where a report was written |
@@ -60,10 +61,10 @@ def verify(run: Path) -> list[Check]:
     accord = _check_accord(agreed, run, records)
     roster, closed = list(accord.roster) if accord else [], (run / MANIFEST).is_file()
     _guarded(order, lambda: sequence.check_order(order, records, roster, closed))
-    books = [_check_book(run, site, records) for site in _books(run, records)]
+    books, seen = _check_books(run, records)
     if accord is None:
         figures.holds(False, "not recomputed: the accord is not the one that the run started with")
-        return [whole, agreed, order, *books, figures]
+        return [whole, agreed, order, *books, seen, figures]
     _guarded(order, lambda: sequence.check_rounds(order, records, accord))
     for record in records:
         if record.get("kind") == "plan":
@@ -72,7 +73,7 @@ def verify(run: Path) -> list[Check]:
             work = partial(recompute.check_figures, figures, record, records[0], accord)
             _guarded(figures, work, record)
     _guarded(models, lambda: _check_models(models, run, records))
-    checks = [whole, agreed, order, plans, *books, figures, models]
+    checks = [whole, agreed, order, plans, *books, seen, figures, models]
     return checks + _reports(run, checks)
 
 
@@ -119,20 +120,33 @@ def _books(run: Path, records: list[Record]) -> list[str]:
     return sorted(named | {path.stem for path in run.glob("ledgers/*.jsonl")})
 
 
-def _check_book(run: Path, site: str, records: list[Record]) -> Check:
-    """Check one site's ledger, by itself and against the run's records."""
-    check = Check(f"ledger of {site}")
-    lines = read_lines(run / "ledgers" / f"{site}.jsonl", check, f"ledgers/{site}.jsonl")
-    _guarded(check, lambda: recompute.check_ledger(check, site, lines))
-    plans = [r for r in records if r.get("kind") == "plan" and r.get("site") == site]
+def _check_books(run: Path, records: list[Record]) -> tuple[list[Check], Check]:
+    """Check each site's ledger, by itself and against the run's records, and against its peers'."""
+    checks, books = [], {}
+    for site in _books(run, records):
+        check = Check(f"ledger of {site}")
+        lines = read_lines(run / "ledgers" / f"{site}.jsonl", check, f"ledgers/{site}.jsonl")
+        books[site] = [entry for _, entry in lines]
+        plans = [r for r in records if r.get("kind") == "plan" and r.get("site") == site]
+        _guarded(check, partial(recompute.check_ledger, check, site, lines))
+        _guarded(check, partial(_against_records, check, run, plans, site, books[site], records))
+        checks.append(check)
+    seen = Check("heads shown to peers")
+    _guarded(seen, lambda: recompute.check_seen(seen, books))
+    return checks, seen
 
-    def against_records() -> None:
-        name = plans[0]["entry"]["run"] if plans else run.resolve().name
-        mine = [entry for _, entry in lines if entry.get("run") == name]
-        recompute.check_site(check, site, mine, records)
 
-    _guarded(check, against_records)
-    return check
+def _against_records(
+    check: Check,
+    run: Path,
+    plans: list[Record],
+    site: str,
+    book: list[Record],
+    records: list[Record],
+) -> None:
+    """Check a ledger against the run's records, under the id that the run had at its site."""
+    name = plans[0]["entry"]["run"] if plans else run.resolve().name
+    recompute.check_site(check, site, name, book, records)
 
 
 def _check_models(check: Check, run: Path, records: list[Record]) -> None:

@@ -17,6 +17,7 @@ from fedaccord.accord import Accord
 from fedaccord.privacy import accounting
 from fedaccord.privacy.plan import plan_for
 from fedaccord.server.gates import told
+from fedaccord.server.heads import Heads
 
 
 @dataclass
@@ -101,7 +102,7 @@ def words(reply: Message) -> dict[str, Any]:
     return dict(reply.content.config_records.get("config", {}))
 
 
-def admit(grid: Grid, accord: Accord, run: str) -> tuple[list[Place], dict[str, str]]:
+def admit(grid: Grid, accord: Accord, run: str, heads: Heads) -> tuple[list[Place], dict[str, str]]:
     """Learn which node is which site, ask each for admission, and have the willing reserve.
 
     Nobody reserves unless enough sites let the accord in, so that a run that cannot start costs
@@ -111,6 +112,7 @@ def admit(grid: Grid, accord: Accord, run: str) -> tuple[list[Place], dict[str, 
         grid: the carrier.
         accord: what was agreed.
         run: the run's id.
+        heads: takes in the heads of the sites' ledgers, and shows them before anybody reserves.
 
     Returns:
         The places in order of site, none if too few sites let the accord in, and the reason of
@@ -124,8 +126,9 @@ def admit(grid: Grid, accord: Accord, run: str) -> tuple[list[Place], dict[str, 
     }
     claims: dict[str, list[tuple[int, str]]] = {}
     for node, said in answers.items():
-        reason = told(said.get("refused") or said.get("reason") or "")
-        claims.setdefault(told(said.get("site", f"node {node}")), []).append((node, reason))
+        site = told(said.get("site", f"node {node}"))
+        reason = told(said.get("refused") or heads.hear(site, said))
+        claims.setdefault(site, []).append((node, reason))
     nodes: dict[str, int] = {}
     out: dict[str, str] = {}
     for site, [(node, reason), *more] in claims.items():
@@ -141,11 +144,12 @@ def admit(grid: Grid, accord: Accord, run: str) -> tuple[list[Place], dict[str, 
     if len(nodes) < accord.rounds.min_sites:
         return [], out
     places: list[Place] = []
+    config.config_records["config"]["heads"] = heads.show(0)
     replies = ask(grid, [nodes[s] for s in sorted(nodes)], "query.reserve", config, timeout)
     for site in sorted(nodes):
         said = words(replies[nodes[site]]) if nodes[site] in replies else {"refused": "no answer"}
         entry, reason = reservation(said, accord, site, run)
-        if reason:
+        if reason := reason or heads.hear(site, said):
             out[site] = reason
         else:
             places.append(Place(site, nodes[site], accord.reserved_rounds, entry))

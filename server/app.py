@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
 
 from fedaccord import accord as accords
 from fedaccord import registry, runs
@@ -18,12 +19,15 @@ from fedaccord.accord import Accord
 from fedaccord.errors import AccordError, BudgetError
 from fedaccord.evidence import build_hash
 from fedaccord.models.build import build, parameter_count
-from fedaccord.privacy import accounting
-from fedaccord.privacy.plan import PrivacyPlan, plan_for
+from fedaccord.privacy import accounting, tradeoff
+from fedaccord.privacy.client_level import ClientPlan
+from fedaccord.privacy.plan import Plan, plan_for
 from fedaccord.runs import RunFolder
 from fedaccord.server import admission, checkpoint, distillation
 from fedaccord.server.admission import Place
+from fedaccord.server.heads import Heads
 from fedaccord.server.rounds import Coordinator
+from fedaccord.strategies.client_level import ClientLevelMean, refuse_state
 from fedaccord.tasks import Task, check_fits, load_task
 
 PACKAGES = ("flwr", "torch", "opacus", "dp-accounting", "fairlearn", "numpy")
@@ -51,7 +55,8 @@ def main(grid: Grid, context: Context) -> None:
     folder = open_folder(str(context.run_config.get("run", "")), where, accord)
     about = {"run": folder.id, "engine": type(grid).__name__}
     folder.append(about | start_record(accord, task, model, student))
-    places, out = admission.admit(grid, accord, folder.id)
+    heads = Heads()
+    places, out = admission.admit(grid, accord, folder.id, heads)
     for site, reason in sorted(out.items()):
         folder.append({"id": f"out/{site}", "kind": "out", "site": site, "reason": reason})
     if len(places) < accord.rounds.min_sites:
@@ -66,14 +71,23 @@ def main(grid: Grid, context: Context) -> None:
         accord=accord,
         task=task,
         grid=grid,
-        strategy=registry.load("strategy", accord.strategy.name)(),
+        strategy=strategy_for(accord, plans[places[0].site]),
         folder=folder,
         places=places,
         plans=plans,
+        heads=heads,
         model=checkpoint.weights_of(model),
         student=student,
     )
     finish(coordinator, coordinator.run())
+
+
+def strategy_for(accord: Accord, plan: Plan | None) -> Strategy:
+    """Build the accord's strategy, or the noised mean where the sites' plans are client-level."""
+    if isinstance(plan, ClientPlan):
+        return ClientLevelMean(plan)
+    made: Strategy = registry.load("strategy", accord.strategy.name)()
+    return made
 
 
 def open_folder(run: str, where: str, accord: Accord) -> RunFolder:
@@ -92,6 +106,8 @@ def initial(accord: Accord, task: Task) -> tuple[torch.nn.Module, torch.nn.Modul
     """
     agreed, wants = accord.model, accord.distillation
     model = fitting(agreed.name, agreed.options, task, accord.seed)
+    if accord.privacy.enabled and accord.privacy.unit == "client":
+        refuse_state(model)
     if not wants.enabled:
         return model, None
     return model, fitting(wants.model, wants.options, task, accord.seed)
@@ -158,7 +174,7 @@ def start_record(
     }
 
 
-def plan_record(place: Place, plan: PrivacyPlan | None) -> dict[str, Any]:
+def plan_record(place: Place, plan: Plan | None) -> dict[str, Any]:
     """Say what a site reserved and what it costs, by every measure that the report gives."""
     record: dict[str, Any] = {
         "id": f"plan/{place.site}",
@@ -177,6 +193,7 @@ def plan_record(place: Place, plan: PrivacyPlan | None) -> dict[str, Any]:
             "RDP": plan.epsilon(accountant="RDP"),
             "replace-one": accounting.epsilon(plan.event(), plan.delta, "replace-one"),
         },
+        "membership": tradeoff.membership(plan.event()),
     }
 
 

@@ -20,7 +20,7 @@ class Verdict:
         site: who was asked.
         reason: why the reply was dropped, or "" if it was accepted.
         weights: the accepted weights.
-        norm: L2 norm of the accepted update.
+        norm: L2 norm of the accepted update; None where it may not be on record.
     """
 
     site: str
@@ -89,7 +89,7 @@ def unanswered(reply: Message, site: str, run: str, number: int) -> str:
 
 
 def inspect(
-    reply: Message, site: str, run: str, number: int, base: Weights, max_norm: float
+    reply: Message, site: str, run: str, number: int, base: Weights, max_norm: float | None
 ) -> Verdict:
     """Decide on one reply to a training message.
 
@@ -101,13 +101,17 @@ def inspect(
     | NaN or infinity | not finite |
     | update longer than the accord's bound | norm |
 
+    Under client-level privacy updates carry no noise yet, so nothing that depends on their values
+    may be on record. There is no bound then, and NaN or infinity passes: the strategy clips, and
+    has what is not finite contribute zero.
+
     Args:
         reply: what came back from the node that was asked.
         site: the site that this node is.
         run: the run's id.
         number: the round.
         base: the global model that the site was given.
-        max_norm: L2 bound of an update.
+        max_norm: L2 bound of an update; None under client-level privacy.
     """
     if reason := unanswered(reply, site, run, number):
         return Verdict(site, reason)
@@ -121,9 +125,11 @@ def inspect(
         value = read(arrays[name], like)
         if isinstance(value, str):
             return Verdict(site, f"form: {name} {value}")
-        if not np.isfinite(value).all():
+        if max_norm is not None and not np.isfinite(value).all():
             return Verdict(site, f"not finite: {name}")
         weights[name] = value
+    if max_norm is None:
+        return Verdict(site, "", weights)
     length = norm(weights, base)
     if length > max_norm:
         return Verdict(site, f"norm: update of L2 norm {length:.4g} is above {max_norm:g}")
@@ -136,7 +142,7 @@ def gate(
     run: str,
     number: int,
     base: Weights,
-    max_norm: float,
+    max_norm: float | None,
 ) -> list[tuple[Verdict, Message]]:
     """Inspect all replies, in order of site; a second reply of a site is dropped.
 
@@ -148,7 +154,7 @@ def gate(
         run: the run's id.
         number: the round.
         base: the global model that the sites were given.
-        max_norm: L2 bound of an update.
+        max_norm: L2 bound of an update; None under client-level privacy.
     """
     out: list[tuple[Verdict, Message]] = []
     seen: set[int] = set()

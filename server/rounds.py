@@ -17,11 +17,12 @@ from flwr.serverapp.strategy import Strategy
 from fedaccord.accord import Accord
 from fedaccord.fairness.federation import audit_sites
 from fedaccord.models.build import build
-from fedaccord.privacy.plan import PrivacyPlan
+from fedaccord.privacy.plan import Plan
 from fedaccord.runs import RunFolder
 from fedaccord.server import admission, checkpoint, distillation, gates
 from fedaccord.server.admission import Place
 from fedaccord.server.gates import Verdict, Weights
+from fedaccord.server.heads import Heads
 from fedaccord.tasks import Task
 
 
@@ -35,11 +36,18 @@ class Coordinator:
     strategy: Strategy
     folder: RunFolder
     places: list[Place]
-    plans: dict[str, PrivacyPlan | None]
+    plans: dict[str, Plan | None]
+    heads: Heads
     model: Weights
     student: torch.nn.Module | None
     number: int = 0
     finished: int = 0
+    mechanism: dict[str, Any] | None = None  # what the round's noised mean says of itself
+
+    @property
+    def client_level(self) -> bool:
+        """Whether updates arrive without noise, so that only their noised mean may be used."""
+        return self.accord.privacy.enabled and self.accord.privacy.unit == "client"
 
     def run(self) -> str:
         """Run rounds until one decides to stop; return why it did."""
@@ -50,7 +58,7 @@ class Coordinator:
             replies = self.train(drawn)
             verdicts = self.gate(drawn, replies)
             accepted = self.aggregate(verdicts)
-            lesson = self.distil(verdicts) if accepted else None
+            lesson = self.distil(self.teachers(verdicts)) if accepted else None
             audit = self.audit() if accepted else None
             self.record(drawn, verdicts, accepted, lesson, audit, time.monotonic() - began)
             if stop := self.decide(audit):
@@ -70,15 +78,24 @@ class Coordinator:
             place.slots -= 1
         view = admission.DrawnGrid(self.grid, [place.node for place in drawn])
         messages = self.strategy.configure_train(
-            self.number, gates.to_arrays(self.model), ConfigRecord(self._about()), view
+            self.number,
+            gates.to_arrays(self.model),
+            ConfigRecord(self._about() | {"heads": self.heads.show(self.number)}),
+            view,
         )
         return list(self.grid.send_and_receive(messages, timeout=self.accord.rounds.timeout))
 
     def gate(self, drawn: list[Place], replies: list[Message]) -> list[tuple[Verdict, Message]]:
         """Step 3: drop what is malformed or not from who was asked; record why."""
         sites = {place.node: place.site for place in drawn}
-        bound = self.accord.strategy.max_update_norm
-        return gates.gate(replies, sites, self.folder.id, self.number, self.model, bound)
+        bound = None if self.client_level else self.accord.strategy.max_update_norm
+        found = gates.gate(replies, sites, self.folder.id, self.number, self.model, bound)
+        return [(self._heard(verdict, reply), reply) for verdict, reply in found]
+
+    def _heard(self, verdict: Verdict, reply: Message) -> Verdict:
+        """Drop an update whose site shows a ledger that went back."""
+        fault = "" if verdict.reason else self.heads.hear(verdict.site, admission.words(reply))
+        return Verdict(verdict.site, fault) if fault else verdict
 
     def aggregate(self, verdicts: list[tuple[Verdict, Message]]) -> list[str]:
         """Step 4: give the accepted updates, with the roster's weights, to the strategy.
@@ -86,23 +103,34 @@ class Coordinator:
         Returns the sites whose updates are in the new model; none where the round failed, and
         then the model stays what it was.
         """
-        roster = self.accord.roster
+        weights, self.mechanism = self.weights(), None
         good = [(verdict, reply) for verdict, reply in verdicts if not verdict.reason]
         if len(good) < self.accord.rounds.min_sites:
             return []
-        replies = [gates.weighted(v, reply, roster[v.site]) for v, reply in good]
-        arrays, _ = self.strategy.aggregate_train(self.number, replies)
+        replies = [gates.weighted(v, reply, weights[v.site]) for v, reply in good]
+        arrays, said = self.strategy.aggregate_train(self.number, replies)
         if arrays is None:
             return []
         self.model = {
             name: np.asarray(value, self.model[name].dtype)
             for name, value in gates.to_weights(arrays).items()
         }
+        self.mechanism = dict(said) if self.client_level and said else None
         self.finished += 1
         return [verdict.site for verdict, _ in good]
 
-    def distil(self, verdicts: list[tuple[Verdict, Message]]) -> dict[str, float] | None:
-        """Step 5: teach the student what the round's site models agree on, on public inputs."""
+    def weights(self) -> dict[str, int]:
+        """Each site's weight in the mean: its declared size, or 1 under client-level privacy."""
+        return {site: 1 if self.client_level else n for site, n in self.accord.roster.items()}
+
+    def teachers(self, verdicts: list[tuple[Verdict, Message]]) -> list[Weights]:
+        """Choose who teaches: the site models; under client-level privacy the noised mean alone."""
+        if self.client_level:
+            return [self.model]
+        return [v.weights for v, _ in verdicts if not v.reason and v.weights is not None]
+
+    def distil(self, teachers: list[Weights]) -> dict[str, float] | None:
+        """Step 5: teach the student what the teachers agree on, on public inputs."""
         settings = self.accord.distillation
         if self.student is None or self.finished % settings.every:
             return None
@@ -110,7 +138,6 @@ class Coordinator:
         proxy = torch.from_numpy(self.task.public(settings.proxy_rows, seed))
         agreed = self.accord.model
         teacher = build(agreed.name, self.task.spec, agreed.options, seed)
-        teachers = [v.weights for v, _ in verdicts if not v.reason and v.weights is not None]
         targets = distillation.teach(teacher, teachers, proxy)
         before, after = distillation.distil(
             self.student, proxy, targets, settings, seed + self.number
@@ -175,14 +202,16 @@ class Coordinator:
                 "invited": [place.site for place in drawn],
                 "replies": replies,
                 "aggregated": accepted,
-                "weights": {site: self.accord.roster[site] for site in accepted},
+                "weights": {site: self.weights()[site] for site in accepted},
                 "model": checkpoint.weights_digest(self.model),
                 "student": checkpoint.weights_digest(student) if student else None,
                 "distillation": lesson,
                 "audit": audit,
                 "epsilon": self._epsilon(),
+                "heads": self.heads.record(),
                 "seconds": round(seconds, 3),
             }
+            | ({"mechanism": self.mechanism} if self.client_level else {})
         )
 
     def decide(self, audit: dict[str, Any] | None) -> str:
@@ -238,7 +267,7 @@ class Coordinator:
         return ""
 
     def _epsilon(self) -> dict[str, Any]:
-        """Each site's used rounds, and the plan's epsilon had it been that many rounds long."""
+        """Each site's used rounds, what they have spent (see `odometer`), and what is reserved."""
         out: dict[str, Any] = {}
         for place in self.places:
             plan = self.plans[place.site]
@@ -246,7 +275,7 @@ class Coordinator:
             private = plan is not None
             out[place.site] = {
                 "rounds_used": used,
-                "curve": (plan.epsilon(used) if used else 0.0) if plan else "infinite",
+                "odometer": plan.odometer(used) if plan else "infinite",
                 "reserved": place.entry["epsilon"] if private else "infinite",
             }
         return out
@@ -260,7 +289,10 @@ class Coordinator:
 
 
 def accepted_update(verdict: Verdict) -> dict[str, Any]:
-    """Describe an accepted update: its length, and the hash that its site's RELEASE has as well."""
-    if verdict.weights is None:
+    """Describe an accepted update: its length, and the hash that its site's RELEASE has as well.
+
+    Nothing where it has no norm: an update without noise leaves no mark on the record.
+    """
+    if verdict.weights is None or verdict.norm is None:
         return {}
     return {"update_norm": verdict.norm, "sha256": checkpoint.weights_digest(verdict.weights)}

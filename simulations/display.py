@@ -62,7 +62,8 @@ class Progress:
         rules, privacy = self.accord.fairness, self.accord.privacy
         cost = "epsilon: privacy is off."
         if privacy.enabled:
-            cost = f"epsilon: highest of the sites, so far/reserved, at delta {privacy.delta:g}."
+            cost = "epsilon: highest of the sites, spent so far (odometer)/reserved, "
+            cost += f"at delta {privacy.delta:g}."
         table = Table(
             title=Text(f"{self.accord.name}: {self.accord.purpose}"),
             caption=(
@@ -96,10 +97,10 @@ class Progress:
 def row(record: dict[str, Any], attribute: str) -> list[str]:
     """Format one round's record as a row of the table."""
     audit, epsilon = record["audit"] or {}, list(record["epsilon"].values())
-    private = all(site["curve"] != "infinite" for site in epsilon)
+    private = all(site["odometer"] != "infinite" for site in epsilon)
     highest = "infinite"
     if private:
-        so_far = accounting.show(max(site["curve"] for site in epsilon))
+        so_far = accounting.show(max(site["odometer"] for site in epsilon))
         highest = f"{so_far}/{accounting.show(max(site['reserved'] for site in epsilon))}"
     cells = [str(record["round"]), str(len(record["aggregated"]))]
     for section in ("model", "student"):

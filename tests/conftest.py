@@ -12,9 +12,12 @@ os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tomlkit
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +28,20 @@ def heart_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("heart") / "heart-run"
     engine.simulate("heart", run, run / "sites", 4)
     return run
+
+
+@pytest.fixture(scope="session")
+def set_policy() -> Callable[..., None]:
+    """Write a simulated site's policy for an accord, with some keys set to other values."""
+    from fedaccord.accord import load
+    from fedaccord.client import policy
+
+    def write(folder: Path, accord: Any, **keys: Any) -> None:
+        agreed = load(accord) if isinstance(accord, str | Path) else accord
+        (folder / "policy.toml").unlink(missing_ok=True)
+        policy.of_site(folder, agreed)
+        text = tomlkit.parse((folder / "policy.toml").read_text(encoding="utf-8"))
+        text.update(keys)
+        (folder / "policy.toml").write_text(tomlkit.dumps(text), encoding="utf-8")
+
+    return write

@@ -89,16 +89,31 @@ OTHERS = {
     "rounds.sites_per_round": 3,
     "rounds.target_accuracy": 0.9,
     "privacy.enabled": False,
+    "privacy.unit": "client",
+    "privacy.engine": "ghost",
+    "privacy.precision": "float32",
     "fairness.attributes": ["sex", "age"],
     "task.options": {"a": 1},
+    **{f"sites.{n}.subjects": 50 for n in range(4)},  # above its records is refused
 }
 # With one known name or value there is no second one to change to.
 ONLY = {"task.name", "strategy.name", "privacy.neighboring_relation", "privacy.noise_multiplier"}
+# These go with one another only.
+CLIENT = {"unit": "client", "clipping_norm": 1.0, "target_quantile": 0.5, "count_noise": 10.0}
+
+
+def around(path: str) -> dict[str, Any]:
+    """The full accord, with the unit of privacy that a key belongs to."""
+    full = copy.deepcopy(FULL)
+    if path in {f"privacy.{key}" for key in (*CLIENT, "clipping_learning_rate")}:
+        full["privacy"] |= {"enabled": False} if path == "privacy.unit" else CLIENT
+    return full
 
 
 @pytest.mark.parametrize("path", sorted(set(leaves(FULL)) - ONLY))
 def test_the_digest_changes_with_every_value(path: str) -> None:
-    old = at(FULL, path)
+    base = around(path)
+    old = at(base, path)
     if path in OTHERS:
         new = OTHERS[path]
     elif isinstance(old, bool):
@@ -107,7 +122,22 @@ def test_the_digest_changes_with_every_value(path: str) -> None:
         new = old + "x"
     else:
         new = old + 1 if isinstance(old, int) else old * 0.9375 + 0.001
-    assert accords.parse(edited(path, new, FULL)).digest != accords.parse(FULL).digest
+    assert accords.parse(edited(path, new, base)).digest != accords.parse(base).digest
+
+
+def test_a_site_that_declares_no_records_declares_one_a_subject() -> None:
+    left_out = {"name": "ward", "subjects": 40}
+    bare, written, more = (
+        accords.parse(edited("sites", [left_out | records], FULL | {"rounds": {"rounds": 1}}))
+        for records in ({}, {"records": 40}, {"records": 41})
+    )
+    assert bare.sites[0].records == 40
+    assert bare.digest == written.digest != more.digest
+    with pytest.raises(AccordError, match=r"records = 39 is below sites\[ward\]\.subjects = 40"):
+        accords.parse(edited("sites.0.records", 39, more.model_dump(mode="json")))
+    with pytest.raises(AccordError) as fault:  # one fault is one line, and the default none of it
+        accords.parse(edited("sites.0", left_out | {"subjects": 0}, FULL))
+    assert "\n" not in str(fault.value)
 
 
 @given(st.data(), st.floats(min_value=1e-3, max_value=50, allow_subnormal=False))

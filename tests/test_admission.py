@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedaccord.privacy.plan import plan_for
 from fedaccord.runs import RunFolder
 from fedaccord.server import admission, checkpoint, gates
 from fedaccord.server.app import initial
+from fedaccord.server.heads import Heads
 from fedaccord.simulations import engine, heart
 from fedaccord.tasks import load_task
 
@@ -75,25 +76,32 @@ def invited(records: list[Record]) -> list[list[str]]:
 
 
 def ledger(folder: Path, site: str) -> list[Record]:
-    """What a site's own ledger holds."""
+    """What a site's own ledger holds after its key."""
     book = Ledger(folder / "sites" / site / "ledger.sqlite", site)
     try:
-        return book.entries()
+        return book.entries()[1:]
     finally:
         book.close()
 
 
-def cap(sites: Path, site: str, epsilon: float, delta: float = 1e-4) -> None:
-    """The site's own policy, written before anybody asks it."""
-    (sites / site).mkdir(parents=True)
-    (sites / site / "policy.toml").write_text(f"max_epsilon = {epsilon}\ndelta = {delta}\n")
+@pytest.fixture
+def cap(set_policy: Callable[..., None]) -> Callable[..., None]:
+    """Write a site's own policy before anybody asks it."""
+
+    def write(folder: Path, site: str, epsilon: float, delta: float = 1e-4, **how: Any) -> None:
+        accord = accord_file(folder, **how)
+        set_policy(folder / "sites" / site, accord, max_epsilon=epsilon, delta=delta)
+
+    return write
 
 
 # --- who stays out ------------------------------------------------------------------------------
 
 
-def test_a_site_that_refuses_stays_out_by_name_and_the_others_go_on(tmp_path: Path) -> None:
-    cap(tmp_path / "sites", "va", 0.5)
+def test_a_site_that_refuses_stays_out_by_name_and_the_others_go_on(
+    tmp_path: Path, cap: Callable[..., None]
+) -> None:
+    cap(tmp_path, "va", 0.5)
     records = simulate(tmp_path)
     (out,) = of_kind(records, "out")
     plan = plan_for(accords.load(tmp_path / "accord.toml"), "va")
@@ -107,17 +115,22 @@ def test_a_site_that_refuses_stays_out_by_name_and_the_others_go_on(tmp_path: Pa
     assert records[-1]["reason"] == "rounds done: 1 of 1"
 
 
-def test_a_site_with_a_stricter_delta_refuses(tmp_path: Path) -> None:
-    cap(tmp_path / "sites", "va", 10.0, delta=1e-5)
+def test_a_site_with_a_stricter_delta_refuses(tmp_path: Path, cap: Callable[..., None]) -> None:
+    cap(tmp_path, "va", 10.0, delta=1e-5)
     (out,) = of_kind(simulate(tmp_path), "out")
-    assert out["reason"].startswith("privacy.delta = 0.0001 is above 1e-05, the delta of site va")
+    assert out["reason"] == (
+        "Site va refuses by its rule delta: privacy.delta = 0.0001 is above 1e-05. Lower it or ask "
+        "the site to raise its own."
+    )
 
 
-def test_a_site_with_a_cap_takes_no_part_in_plain_training(tmp_path: Path) -> None:
-    cap(tmp_path / "sites", "va", 10.0)
+def test_a_site_with_a_cap_takes_no_part_in_plain_training(
+    tmp_path: Path, cap: Callable[..., None]
+) -> None:
+    cap(tmp_path, "va", 10.0, private=False)
     records = simulate(tmp_path, private=False)
     (out,) = of_kind(records, "out")
-    assert out["reason"].startswith("This plan needs epsilon infinite (privacy.enabled = false)")
+    assert out["reason"].startswith("Site va refuses by its rule max_epsilon: ")
     assert invited(records) == [SITES[:3]]
 
 
@@ -147,10 +160,10 @@ def opened() -> Iterator[list[str]]:
 
 
 def test_when_all_sites_refuse_nothing_is_reserved_and_no_record_is_read(
-    tmp_path: Path, opened: list[str]
+    tmp_path: Path, opened: list[str], cap: Callable[..., None]
 ) -> None:
     for site in SITES:
-        cap(tmp_path / "sites", site, 0.5)
+        cap(tmp_path, site, 0.5)
     words, records = refused(tmp_path)
     assert str(heart.FILE) not in opened
     assert str(tmp_path / "accord.toml") in opened  # the watch does see
@@ -169,9 +182,11 @@ def test_when_sites_agree_records_are_read(tmp_path: Path, opened: list[str]) ->
     assert str(heart.FILE) in opened
 
 
-def test_too_few_willing_sites_cost_the_willing_ones_nothing(tmp_path: Path) -> None:
+def test_too_few_willing_sites_cost_the_willing_ones_nothing(
+    tmp_path: Path, cap: Callable[..., None]
+) -> None:
     for site in SITES[:2]:
-        cap(tmp_path / "sites", site, 0.5)
+        cap(tmp_path, site, 0.5, min_sites=3)
     words, _ = refused(tmp_path, min_sites=3)
     assert "site cleveland has 0.50 of 0.50 left" in words
     assert [ledger(tmp_path, site) for site in SITES[2:]] == [[], []]
@@ -220,7 +235,7 @@ def grid(folder: Path, **how: Any) -> tuple[engine.InProcessGrid, Accord]:
 def test_two_nodes_that_say_they_are_one_site_are_both_left_out(tmp_path: Path) -> None:
     both, accord = grid(tmp_path, private=False)
     both._contexts[engine.FIRST_NODE + 3].node_config["site"] = "hungary"
-    places, out = admission.admit(both, accord, "run")
+    places, out = admission.admit(both, accord, "run", Heads())
     assert [place.site for place in places] == ["cleveland", "switzerland"]
     assert out == {
         "hungary": "more than one node says that it is this site; stop the others",
@@ -231,7 +246,7 @@ def test_two_nodes_that_say_they_are_one_site_are_both_left_out(tmp_path: Path) 
 def test_a_site_that_holds_another_accord_stays_out(tmp_path: Path) -> None:
     carrier, accord = grid(tmp_path, private=False)
     other = accords.load(accord_file(tmp_path / "other", private=False, steps=5))
-    places, out = admission.admit(carrier, other, "run")
+    places, out = admission.admit(carrier, other, "run", Heads())
     assert places == []
     assert out["va"].startswith(f"site va holds another accord: its digest is {accord.digest[:12]}")
 
@@ -239,7 +254,7 @@ def test_a_site_that_holds_another_accord_stays_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("run", ["../escape", "/tmp/escape", "a/b", "", "..\\escape", "x" * 200])
 def test_a_site_refuses_a_run_whose_name_leads_out_of_its_folder(run: str, tmp_path: Path) -> None:
     carrier, accord = grid(tmp_path)
-    places, out = admission.admit(carrier, accord, run)
+    places, out = admission.admit(carrier, accord, run, Heads())
     assert places == []
     assert {reason.split("'")[-1] for reason in out.values()} == {
         " is no name of a folder. Give the run another name."
@@ -250,7 +265,7 @@ def test_a_site_refuses_a_run_whose_name_leads_out_of_its_folder(run: str, tmp_p
 def reserved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Accord, Record]:
     """An accord, and what site va's ledger says that it reserved for it."""
     carrier, accord = grid(tmp_path_factory.mktemp("reserved"))
-    places, _ = admission.admit(carrier, accord, "run")
+    places, _ = admission.admit(carrier, accord, "run", Heads())
     return accord, places[3].entry
 
 
@@ -296,12 +311,12 @@ def test_a_reservation_that_cannot_be_read_is_refused(
 def test_an_exception_in_a_handler_travels_as_one_fixed_line(tmp_path: Path) -> None:
     carrier, accord = grid(tmp_path)
     config = ConfigRecord({"run": "run", "accord": accord.digest})  # no round: the handler raises
-    admission.admit(carrier, accord, "run")
+    admission.admit(carrier, accord, "run", Heads())
     answers = admission.ask(
         carrier, carrier.get_node_ids(), "evaluate", RecordDict({"config": config}), 60.0
     )
     assert {answer.error.reason for answer in answers.values()} == {
-        "internal error; see the site's log"
+        "internal error; see private.log in the site's folder"
     }
 
 

@@ -19,15 +19,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedaccord import accord as accords
 from fedaccord.client import app, policy
+from fedaccord.client.site import THREADS, Site
 from fedaccord.errors import BudgetError, LedgerError
 from fedaccord.models.build import build
-from fedaccord.privacy.ledger import Ledger, spent
+from fedaccord.privacy.ledger import Cap, Ledger, spent
 from fedaccord.simulations.engine import InProcessGrid
 from fedaccord.simulations.heart import Heart
 from fedaccord.tasks import Records, SiteData
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-torch.set_num_threads(app.THREADS)  # as a site does
+torch.set_num_threads(THREADS)  # as a site does
 
 DECLARED = {
     "name": "small",
@@ -72,6 +73,9 @@ class Ward:
             raise self.train
         return SiteData(train=self.train, test=self.train)
 
+    def public(self, rows, seed):
+        return Heart().public(rows, seed)
+
 
 class Silent:
     """A source that draws everybody's first record and no noise."""
@@ -93,7 +97,7 @@ def some(n=30, seed=0):
 def open_site(folder, train, accord=None):
     accord = accord or agreed()
     file = folder / "cleveland" / "ledger.sqlite"
-    return app.Site(
+    return Site(
         name="cleveland",
         accord=accord,
         task=Ward(train, file),
@@ -104,7 +108,7 @@ def open_site(folder, train, accord=None):
 
 
 def reserve(site, run="a"):
-    return site.ledger.reserve(run, site.plan, 3, site.policy.cap, site.accord.digest)
+    return site.ledger.reserve(run, site.plan, 3, site.terms)
 
 
 def fresh(site):
@@ -116,7 +120,8 @@ def weights(model):
 
 
 def kinds(site):
-    return [entry["kind"] for entry in site.ledger.entries()]
+    """What the ledger has after its key."""
+    return [entry["kind"] for entry in site.ledger.entries()][1:]
 
 
 def message(kind="train", run="a", number=1, scale=1.0):
@@ -142,10 +147,10 @@ def test_intent_is_durable_before_any_record_is_read_and_release_comes_last(tmp_
     reserve(site)
     assert site.task.readings == []
     ask(site)
-    assert site.task.readings == [["RESERVE", "INTENT"]]
+    assert site.task.readings == [["KEY", "RESERVE", "INTENT"]]
     assert kinds(site) == ["RESERVE", "INTENT", "RELEASE"]
-    release = site.ledger.entries()[2]
-    assert release["plan_digest"] == site.plan.digest == site.ledger.entries()[0]["plan_digest"]
+    _, held, _, release = site.ledger.entries()
+    assert release["plan_digest"] == site.plan.digest == held["plan_digest"]
     assert release["covers"] == "the reserved plan"
 
 
@@ -167,10 +172,13 @@ def test_a_site_without_a_slot_reads_nothing(tmp_path):
     ],
     ids=["less noise", "larger q", "more steps", "more rounds", "no privacy"],
 )
-def test_a_run_that_was_reserved_under_one_plan_cannot_train_under_another(tmp_path, change):
+def test_a_run_that_was_reserved_under_one_plan_cannot_train_under_another(
+    tmp_path, change, set_policy
+):
     reserve(open_site(tmp_path, some()))
-    (tmp_path / "cleveland" / "policy.toml").write_text("max_epsilon = inf\ndelta = 1e-5\n")
-    site = open_site(tmp_path, some(), agreed(**change))
+    other = agreed(**change)
+    set_policy(tmp_path / "cleveland", other, max_epsilon=math.inf)
+    site = open_site(tmp_path, some(), other)
     with pytest.raises(BudgetError, match="has reserved plan"):
         ask(site)
     with pytest.raises(BudgetError, match="has reserved plan"):
@@ -232,13 +240,15 @@ def say_everything(folder, train):
     reserve(site)
     out = []
     for number in (1, 2):
-        app.train_and_record(site, fresh(site), "a", number, Silent)
+        app.train_and_record(site, fresh(site), "a", number, (), Silent)
         reply = ask(site, number=number)
-        out.append(dict(reply.config_records["config"]))
+        said = dict(reply.config_records["config"])
+        del said["head"]  # a signed hash of the noised bytes and of times
+        out.append(said)
         out.append(
             {k: (a.shape, a.dtype, len(a.data)) for k, a in reply.array_records["arrays"].items()}
         )
-    changing = ("hash", "time", "sha256")
+    changing = ("hash", "signature", "public_key", "time", "sha256")
     out += [{k: v for k, v in e.items() if k not in changing} for e in site.ledger.entries()]
     return out, weights_of(reply)
 
@@ -255,7 +265,7 @@ def test_nothing_but_the_noised_arrays_depends_on_the_records(tmp_path):
         assert other == said, name
         different += bytes_ != sent
     assert different == len(BROKEN)  # the records did reach the arrays
-    assert len(said) == 4 + 5
+    assert len(said) == 4 + 6
 
 
 def test_unreadable_records_make_a_round_of_noise_alone(tmp_path, caplog):
@@ -295,7 +305,7 @@ class Deadly(these.Silent):
 site = these.open_site(folder, these.some())
 these.reserve(site)
 print("reserved", flush=True)
-these.app.train_and_record(site, these.fresh(site), "a", 1, Deadly)
+these.app.train_and_record(site, these.fresh(site), "a", 1, (), Deadly)
 print("not killed", flush=True)
 """
 
@@ -311,7 +321,7 @@ def check_after_the_kill(folder, child):
     assert "not killed" not in child.stdout.read()
     site = open_site(folder, some())
     assert kinds(site) == ["RESERVE", "INTENT"]
-    before = spent(site.ledger.entries(), 1e-5)
+    before = spent(site.ledger.entries(), Cap(9.0, 1e-5))
     assert before == pytest.approx(site.plan.epsilon(), rel=1e-3)
     with pytest.raises(BudgetError, match="already used its slot for round 1 of run a"):
         ask(site)
@@ -320,7 +330,7 @@ def check_after_the_kill(folder, child):
     ask(site, number=3)
     with pytest.raises(BudgetError, match="no slot left of 3"):
         ask(site, number=4)
-    assert spent(site.ledger.entries(), 1e-5) == before
+    assert spent(site.ledger.entries(), Cap(9.0, 1e-5)) == before
 
 
 def test_kill_9_in_a_step_uses_the_slot(tmp_path):
@@ -332,7 +342,7 @@ def test_kill_9_between_storing_and_releasing_uses_the_slot(tmp_path):
     assert child.stdout.readline() == "reserved\n"
     file = tmp_path / "cleveland" / "ledger.sqlite"
     with closing(sqlite3.connect(file, isolation_level=None, timeout=60)) as raw:
-        while raw.execute("SELECT count(*) FROM entries").fetchone() != (2,):
+        while raw.execute("SELECT count(*) FROM entries").fetchone() != (3,):
             time.sleep(0.01)
         raw.execute("BEGIN IMMEDIATE")  # now the child cannot write its RELEASE
         (tmp_path / "go").touch()
@@ -370,11 +380,11 @@ def test_where_the_intent_cannot_be_written_nothing_is_read_or_trained(tmp_path)
     assert not (site.folder / "releases").exists()
 
 
-def test_two_plans_that_pass_the_cap_together_are_refused_before_anything_is_read(tmp_path):
+def test_two_plans_that_pass_the_cap_together_are_refused_before_anything_is_read(
+    tmp_path, set_policy
+):
     one = open_site(tmp_path, some()).plan.epsilon()
-    (tmp_path / "cleveland" / "policy.toml").write_text(
-        f"max_epsilon = {1.2 * one}\ndelta = 1e-5\n"
-    )
+    set_policy(tmp_path / "cleveland", agreed(), max_epsilon=1.2 * one)
     site = open_site(tmp_path, some())
     reserve(site, "a")
     with pytest.raises(BudgetError) as refusal:
@@ -388,11 +398,3 @@ def test_two_plans_that_pass_the_cap_together_are_refused_before_anything_is_rea
     with pytest.raises(BudgetError, match="no slot left of 0 reserved for run b"):
         ask(site, run="b")
     assert site.task.readings == []
-
-
-def test_a_site_without_a_cap_takes_private_accords_too(tmp_path):
-    (tmp_path / "cleveland").mkdir()
-    (tmp_path / "cleveland" / "policy.toml").write_text("max_epsilon = inf\ndelta = 1e-5\n")
-    site = open_site(tmp_path, some())
-    assert site.policy.cap.epsilon == math.inf
-    assert reserve(site)["kind"] == "RESERVE"

@@ -21,6 +21,7 @@ from fedaccord.server import checkpoint, gates
 from fedaccord.server.admission import Place
 from fedaccord.server.checkpoint import weights_bytes
 from fedaccord.server.gates import Weights
+from fedaccord.server.heads import Heads
 from fedaccord.server.rounds import Coordinator
 from fedaccord.simulations.engine import FIRST_NODE, InProcessGrid
 from fedaccord.strategies.fedavg import fedavg
@@ -76,6 +77,7 @@ def coordinator(folder: Path) -> Coordinator:
         folder=RunFolder(folder / RUN),
         places=places,
         plans=dict.fromkeys(SITES),
+        heads=Heads(),
         model={name: value.copy() for name, value in BASE.items()},
         student=None,
         number=ROUND,

@@ -1,14 +1,17 @@
 """The sampler: subjects with the declared probability, one record of each, whatever the data."""
 
+import random
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from fedaccord.privacy.noise import OsSource
 from fedaccord.privacy.plan import PrivacyPlan
-from fedaccord.privacy.sampling import SubjectSampler
+from fedaccord.privacy.sampling import EMPTY, SubjectSampler, pages, places
 
 ALPHA = 2e-6  # of each statistical test: 50 of them pass a clean suite 9,999 times in 10,000
 DRAWS = 20_000
@@ -151,3 +154,65 @@ def test_the_probability_is_the_plans_for_any_number_of_subjects(people):
 def test_subjects_that_are_no_column_of_whole_numbers_are_refused(subjects):
     with pytest.raises(ValueError, match="subjects: "):
         SubjectSampler(subjects, Q)
+
+
+def test_the_same_global_seeds_draw_other_subjects():
+    sampler, drawn = SubjectSampler(np.arange(200), 0.5), set()
+    for _ in range(20):
+        torch.manual_seed(7)
+        np.random.seed(7)  # the global state is the point
+        random.seed(7)
+        drawn.add(sampler.draw(OsSource()).tobytes())
+    assert len(drawn) == 20
+
+
+@given(st.integers(0, 700), st.floats(0.05, 2_000), st.integers(1, 300))
+@settings(deadline=None)
+def test_pages_hold_every_record_once_and_have_a_public_shape(drawn, expected, largest):
+    rows = np.arange(10, 10 + drawn)
+    laid = pages(rows, expected, largest, OsSource())
+    assert sorted(row for page in laid for row in page if row != EMPTY) == rows.tolist()
+    assert all(len(page) == len(laid[0]) <= largest for page in laid)
+    if 0 < drawn <= places(expected):
+        one = pages(rows[:1], expected, largest, OsSource())
+        assert [len(page) for page in laid] == [len(page) for page in one]
+
+
+@pytest.mark.parametrize("expected", [0.1, 1.0, 20.0, 450.0, 1e4, 1e6])
+@pytest.mark.parametrize("more", [1.0, 1.25])
+def test_more_subjects_than_places_are_drawn_less_often_than_once_in_1e15_steps(expected, more):
+    # Poisson's tail is above that of any Poisson sampling of the same mean.
+    assert stats.poisson.sf(places(expected), more * expected) < 1e-15
+    assert places(expected) < 3 * expected + 60
+
+
+def where(layout, rows):
+    """The places of rows 1 and 2 of those drawn, over many steps: (DRAWS // 4, 2)."""
+    found = np.empty((DRAWS // 4, 2), np.int64)
+    source = OsSource()
+    for step in range(len(found)):
+        flat = np.concatenate(layout(rows, source))
+        found[step] = [np.flatnonzero(flat == row)[0] for row in (1, 2)]
+    return found
+
+
+def even_p(found, room):
+    """Chance that two records at even, distinct places look as odd as this."""
+    pairs = found[:, 0] * room + found[:, 1]
+    counts = np.bincount(pairs, minlength=room**2)[
+        [i for i in range(room**2) if i // room != i % room]
+    ]
+    return stats.chisquare(counts).pvalue
+
+
+def test_where_two_records_lie_does_not_tell_whether_a_third_was_drawn():
+    def ours(rows, source):
+        return pages(rows, 0.05, 256, source)
+
+    def packed(rows, source):
+        return [np.concatenate([rows, np.full(room - len(rows), EMPTY)])]
+
+    room = len(np.concatenate(ours(np.array([1]), OsSource())))
+    for rows in ([1, 2], [0, 1, 2], [1, 2, 3, 4, 5]):
+        assert even_p(where(ours, np.array(rows)), room) > ALPHA
+    assert even_p(where(packed, np.array([0, 1, 2])), room) < ALPHA

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
@@ -100,13 +100,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def refused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def refused(tmp_path_factory: pytest.TempPathFactory, set_policy: Callable[..., None]) -> Path:
     from fedaccord.simulations import engine
 
     folder = tmp_path_factory.mktemp("refused")
     for site in ("cleveland", "hungary", "switzerland", "va"):
-        (folder / "sites" / site).mkdir(parents=True)
-        (folder / "sites" / site / "policy.toml").write_text("max_epsilon = 1.0\ndelta = 1e-4\n")
+        set_policy(folder / "sites" / site, "heart", max_epsilon=1.0)
     with pytest.raises(BudgetError):
         engine.simulate("heart", folder / "run", folder / "sites", 4)
     return write_report(folder / "run").parent
@@ -208,7 +207,7 @@ def test_the_headline_says_the_whole_guarantee_and_figures_what_they_show(privat
     assert [a["role"] for a in pictures if len(a["aria-label"] or "") > 30] == ["img"] * 4
     headline = content_of(private)["headline"]
     for words in ("epsilon=3.00", "delta=0.0001", "per training subject", "add-or-remove-one",
-                  "PLD", "22 rounds x 10 steps", "Poisson q=0.1", "cleveland"):  # fmt: skip
+                  "PLD", "20+2 rounds x 10 steps", "Poisson q=0.1", "cleveland"):  # fmt: skip
         assert words in headline
 
 
@@ -225,7 +224,14 @@ def test_the_claimed_epsilon_is_that_of_an_independent_computation(private: Path
         assert site["ledger"]["epsilon"] <= site["ledger"]["cap"]
     h = content_of(private)["privacy"]["headline"]
     said, alarm = h["membership"]["found_at_most"], h["membership"]["false_alarm"]
-    assert 1 > said == pytest.approx(math.exp(h["epsilon"]) * alarm + h["delta"])
+    # Less than one epsilon alone allows, and no less than the Gaussian curve of a mu that is
+    # a third below what the plan's steps come to.
+    assert alarm < said < 0.5 * (math.exp(h["epsilon"]) * alarm + h["delta"])
+    for site in content_of(private)["privacy"]["sites"]:
+        found = site["membership"]
+        assert said == found["tpr_at_1_in_100"] > found["tpr_at_1_in_1000"] > 0.001
+        # delta at epsilon 0, by dp-accounting alone
+        assert found["advantage"] == pytest.approx(book.get_delta(0.0), abs=1e-9)
 
 
 def test_a_run_without_privacy_is_stamped_and_claims_nothing(plain: Path) -> None:

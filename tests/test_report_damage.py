@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedaccord.errors import EvidenceError
+from fedaccord.reports.pagecheck import rounds_to
 from fedaccord.reports.report import write_report
 
 
@@ -22,3 +23,14 @@ def test_a_record_of_another_form_is_one_line_that_points_to_verify(
     (run / "rounds.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.raises(EvidenceError, match=r"not in the form .* `fedaccord verify .*` names it"):
         write_report(run)
+
+
+def test_what_counts_as_a_rounding() -> None:
+    for full, shown in (("0.41249", "0.412"), ("19294", "19,294"), ("1e-05", "1e-05")):
+        assert rounds_to(full, shown, up=False)
+    for full, shown in (("0.41249", "0.413"), ("1e-05", "2e-05"), ("0.5", "half"), ("0.5", "nan")):
+        assert not rounds_to(full, shown, up=False)
+    for full, shown in (("2.8437", "2.85"), ("3.0", "3.00"), ("infinite", "infinite")):
+        assert rounds_to(full, shown, up=True)
+    for full, shown in (("2.8437", "2.84"), ("2.8437", "2.86"), ("infinite", "3.00")):
+        assert not rounds_to(full, shown, up=True)

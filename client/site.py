@@ -1,0 +1,160 @@
+"""A site as one message finds it: what was agreed, its folder, its policy, its ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, Context
+from torch import nn
+
+from fedaccord import runs
+from fedaccord.accord import Accord
+from fedaccord.client import policy, train
+from fedaccord.errors import AccordError, LedgerError, PolicyError
+from fedaccord.models.build import build, parameter_count
+from fedaccord.privacy.engines import cross_entropy
+from fedaccord.privacy.ledger import Ledger, Terms
+from fedaccord.privacy.plan import Plan, PrivacyPlan, plan_for
+from fedaccord.privacy.probe import probe, synthetic
+from fedaccord.strategies.client_level import refuse_state
+from fedaccord.tasks import Task, load_task
+
+# Small models are faster on one thread, and results do not depend on how many cores there are.
+THREADS = 1
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site as one message finds it."""
+
+    name: str
+    accord: Accord
+    task: Task
+    folder: Path
+    policy: policy.SitePolicy
+    ledger: Ledger
+
+    @property
+    def plan(self) -> Plan | None:
+        """The site's privacy plan, from the accord alone; None where privacy is off."""
+        return plan_for(self.accord, self.name)
+
+    @property
+    def terms(self) -> Terms:
+        """What a reservation is held to."""
+        return Terms(
+            cap=self.policy.cap,
+            accord=self.accord.digest,
+            dataset=self.accord.task.name,
+            disjoint=self.policy.disjoint,
+            accord_cap=self.policy.cap_for(self.accord),
+        )
+
+    def model(self, section: str, weights: ArrayRecord) -> nn.Module:
+        """Build the global model or the student and load the weights that came with a message."""
+        which = self.accord.model if section == "model" else self.accord.distillation
+        name = which.name if section == "model" else which.model  # type: ignore[union-attr]
+        model = build(name, self.task.spec, which.options, self.accord.seed)
+        model.load_state_dict(weights.to_torch_state_dict(), strict=True)
+        return model
+
+    def admit(self, kind: str) -> None:
+        """Hold a request to the site's policy, and the model to what a plan needs.
+
+        No private record is read: it looks at accord, policy and clock, and probes the model on
+        inputs made up from the task's public bounds.
+
+        Args:
+            kind: "join", "reserve", "train" or "evaluate".
+
+        Raises:
+            PolicyError: the policy rules it out; the sentence names the rule.
+        """
+        digest, now = self.accord.digest, datetime.now(UTC)
+
+        def parameters() -> int:  # asked for only once the accord is approved
+            if digest not in _parameters:
+                _parameters[digest] = parameter_count(_fresh(self))
+            return _parameters[digest]
+
+        self.policy.check(self.accord, self.name, kind=kind, parameters=parameters, now=now)
+        if digest not in _faults:
+            _faults[digest] = _unfit(self)
+        if _faults[digest]:
+            raise PolicyError("model", _faults[digest])
+
+
+# What was found of an accord's model, once in a process, by the accord's digest.
+_parameters: dict[str, int] = {}
+_faults: dict[str, str] = {}
+
+
+def _fresh(site: Site) -> nn.Module:
+    agreed = site.accord.model
+    return build(agreed.name, site.task.spec, agreed.options, site.accord.seed)
+
+
+def _unfit(site: Site) -> str:
+    """Say why the accord's model cannot be trained under its plan, or return ""."""
+    plan, how, model = site.plan, site.accord.privacy, _fresh(site)
+    try:
+        if isinstance(plan, PrivacyPlan):
+            train.refuse_unsafe(model)
+            inputs, labels = synthetic(site.task, site.accord.seed)
+            probe(model, how.engine, how.precision, cross_entropy, inputs, labels, plan)
+        elif plan:
+            refuse_state(model)
+    except AccordError as fault:
+        return str(fault)
+    return ""
+
+
+def who(accord: Accord, context: Context) -> str:
+    """Find out which site this node is.
+
+    It is the site that `site` in its node config names, else the one whose place in the roster is
+    `partition-id` (Flower's simulation).
+
+    Raises:
+        AccordError: a node that is not in the roster.
+    """
+    names = list(accord.roster)
+    place = int(context.node_config.get("partition-id", -1))
+    name = str(context.node_config.get("site", names[place] if 0 <= place < len(names) else ""))
+    if name not in names:
+        raise AccordError(
+            f'site "{name}" (partition-id {place}) is not among the {len(names)} sites of accord '
+            f'"{accord.name}". Start as many nodes as it has sites.'
+        )
+    return name
+
+
+def open_site(accord: Accord, name: str, context: Context) -> Site:
+    """Open a site's folder, with its policy and its ledger.
+
+    Raises:
+        AccordError: a policy that is not valid.
+        LedgerError: a ledger that is damaged, altered or another site's, or a folder that cannot
+            be used.
+    """
+    torch.set_num_threads(THREADS)
+    base = str(context.run_config.get("sites", ""))
+    folder = (Path(base) if base else runs.home() / f"sites-of-run-{context.run_id}") / name
+    try:
+        own = policy.of_site(folder, accord)
+        return Site(
+            name=name,
+            accord=accord,
+            task=load_task(accord.task.name, accord.task.options),
+            folder=folder,
+            policy=own,
+            ledger=Ledger(folder / "ledger.sqlite", name, folder / own.second_head),
+        )
+    except OSError as fault:
+        raise LedgerError(
+            f"site {name} cannot use its folder {folder}: {fault.strerror}. Nothing was released; "
+            "mend it or name another."
+        ) from None

@@ -1,0 +1,259 @@
+"""The commands of a site: what it takes part in (site approve, site revoke, site policy)."""
+
+from __future__ import annotations
+
+import math
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedaccord.errors import PolicyError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fedaccord.accord import Accord
+    from fedaccord.client.policy import SitePolicy
+    from fedaccord.privacy.chain import Entry
+    from fedaccord.privacy.plan import Plan
+
+app = typer.Typer(no_args_is_help=True, help="What a site takes part in: its policy.toml.")
+
+AccordFile = Annotated[
+    str, typer.Argument(help="A TOML file, or the name of a bundled accord (heart).")
+]
+SiteFolder = Annotated[
+    Path, typer.Option("--site", help="The site's folder, with its policy.toml and ledger.")
+]
+SiteName = Annotated[
+    str, typer.Option("--name", help="The site's name in the accord (default: the folder's).")
+]
+
+
+@app.command()
+def approve(
+    accord: AccordFile,
+    site: SiteFolder,
+    name: SiteName = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; it was read before.")] = False,
+) -> None:
+    """Show what a site agrees to with an accord; on a yes, add the accord to its policy.toml."""
+    from rich.console import Console
+
+    from fedaccord import accord as accords
+    from fedaccord.client import policy, policy_file
+
+    agreed = accords.load(accord)
+    path, name = site / policy.FILE, name or site.resolve().name
+    held = path.exists()
+    own = policy.SitePolicy.read(path) if held else policy_file.strict_policy(site)
+    console = Console()
+    console.print(_agreement(agreed, name, site, own, held))
+    print(f"Digest     {agreed.digest}")
+    if agreed.digest in own.approved:
+        print(f"{path}: it is approved already; nothing was changed.")
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            raise PolicyError(
+                "approved",
+                "site approve asks for a yes, and there is no terminal to ask on; nothing was "
+                "changed. Read what it printed, then give --yes.",
+            )
+        if not typer.confirm(f"Shall site {name} take part?"):
+            print("Nothing was changed.")
+            raise typer.Exit(1)
+    today = datetime.now(UTC).date()
+    policy_file.approve(path, agreed.digest, f"{agreed.name}, approved {today}")
+    print(f"{path}: {agreed.name} is approved.")
+
+
+@app.command()
+def revoke(accord: AccordFile, site: SiteFolder) -> None:
+    """Take an accord off a site's policy.toml: from its next message on it is refused."""
+    from fedaccord import accord as accords
+    from fedaccord.client import policy, policy_file
+
+    agreed = accords.load(accord)
+    path = site / policy.FILE
+    was = policy_file.revoke(path, agreed.digest)
+    print(
+        f"{path}: {agreed.name} is "
+        + ("approved no longer." if was else "not among the approved; nothing was changed.")
+    )
+
+
+@app.command(name="policy")
+def show(site: SiteFolder) -> None:
+    """Print the policy that is in force at a site."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from fedaccord.client import policy
+
+    path = site / policy.FILE
+    own = policy.SitePolicy.read(path)
+    table = Table("key", "value", "what it is", title=f"policy {path}", title_justify="left")
+    for key, field in policy.SitePolicy.model_fields.items():
+        value = getattr(own, key)
+        if key == "approved":
+            words = _count(len(value), "accord")
+        elif key == "accords":
+            words = ", ".join(f"{d[:12]}: {c.max_epsilon:g}" for d, c in value.items())
+        else:
+            words = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        default = "" if key in own.model_fields_set else " (default)"
+        words = "-" if value in (None, [], {}) else words
+        table.add_row(Text(key), Text(words + default), Text(str(field.description)))
+    Console().print(table)
+    for digest in own.approved:
+        print(f"approved {digest}")
+
+
+def _agreement(agreed: Accord, name: str, folder: Path, own: SitePolicy, held: bool) -> Table:
+    """Lay out what a site agrees to, for somebody who answers for its data."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from fedaccord import tasks
+    from fedaccord.models.build import build, parameter_count
+    from fedaccord.privacy.plan import plan_for
+
+    task = tasks.load_task(agreed.task.name, agreed.task.options)
+    tasks.check_fits(agreed, task)
+    model, student = agreed.model, agreed.distillation
+    weights = parameter_count(build(model.name, task.spec, model.options, 0))
+    models = [f"{model.name}, {_count(weights, 'parameter')}"]
+    if student.enabled:
+        small = parameter_count(build(student.model, task.spec, student.options, 0))
+        models.append(f"{student.model}, {_count(small, 'parameter')}: the student, evaluated here")
+    approving = own.model_copy(update={"approved": [*own.approved, agreed.digest]})
+    broken = approving.broken(agreed, name, kind="join", parameters=weights, now=datetime.now(UTC))
+    refusals = [f"{rule}: {sentence}" for rule, sentence in broken.items()]
+    here = next(site for site in agreed.sites if site.name == name)
+    plan, rounds = plan_for(agreed, name), agreed.rounds
+    budget, fault = _budget(agreed, name, folder, own, plan)
+    until = f", until {own.expires}" if own.expires else ""
+    said = {
+        "Accord": [agreed.name],
+        "Purpose": [agreed.purpose],
+        "Task": [f"{agreed.task.name}: {task.spec.source}"],
+        "Sites": [f"{s}{' (this site)' if s == name else ''}" for s in agreed.roster],
+        "Declared": [
+            f"{_count(here.subjects, 'training subject')}, {_count(here.records or 0, 'record')}"
+        ],
+        "Rounds": [
+            f"{rounds.rounds} and {rounds.spare_rounds} spare, of "
+            f"{_count(agreed.training.steps, 'step')} each",
+            f"at {own.hours} {own.timezone}{until}",
+        ],
+        "Model": models,
+        "Privacy": [plan.statement() if plan else "none: privacy is off, epsilon infinite"],
+        "Budget": budget,
+        "Leaves": _leaves(agreed, plan),
+        "Who sees": _seen(agreed, plan),
+        "Policy": ["" if held else "there is none yet; a yes writes one that allows nothing more"]
+        + [f"would still refuse by {refusal}" for refusal in (*refusals, *fault)],
+    }
+    said["Policy"] = [line for line in said["Policy"] if line] or ["would let it in"]
+    table = Table.grid(padding=(0, 1))
+    for label, lines in said.items():
+        for number, line in enumerate(lines):
+            table.add_row(
+                Text("" if number else label, "bold"),
+                "-" if len(lines) > 1 else "",
+                Text(_plain(line)),
+            )
+    return table
+
+
+def _budget(
+    agreed: Accord, name: str, folder: Path, own: SitePolicy, plan: Plan | None
+) -> tuple[list[str], list[str]]:
+    """Say what each cap leaves before and after a plan, and which cap it would pass."""
+    from fedaccord.privacy import accounting
+    from fedaccord.privacy.ledger import spent
+
+    entries = _entries(folder, name)
+    same = [entry for entry in entries if entry.get("accord") == agreed.digest]
+    event = plan.event() if plan else accounting.NON_PRIVATE
+    about = (agreed.task.name, own.disjoint)
+    said, faults = [], []
+    for cap, held, over in (
+        (own.cap, entries, "over all accords"),
+        (own.cap_for(agreed), same, "over the runs of this accord"),
+    ):
+        if cap is None:
+            continue
+        if math.isinf(cap.epsilon):
+            said.append(f"no cap {over} (max_epsilon = inf)")
+            continue
+        used, then = spent(held, cap, None, *about), spent(held, cap, event, *about)
+        said.append(
+            f"cap {over}: epsilon {cap.epsilon:g} at delta {cap.delta:g}; used so far "
+            f"{accounting.show(used)}, with one run of this plan {accounting.show(then)}, left "
+            f"then {math.floor(max(0.0, cap.epsilon - then) * 100) / 100:.2f}"
+        )
+        if then > cap.epsilon:
+            faults.append(
+                f"max_epsilon: the ledger would hold epsilon {accounting.show(then)} {over}, "
+                f"above {cap.epsilon:g}. Raise the cap, or ask for fewer rounds or more noise."
+            )
+    return said, faults
+
+
+def _entries(folder: Path, name: str) -> list[Entry]:
+    """Read a site's ledger; one that has none yet gets none."""
+    from fedaccord.privacy.ledger import Ledger
+
+    path = folder / "ledger.sqlite"
+    if not path.exists():
+        return []
+    book = Ledger(path, name)
+    try:
+        return book.entries()
+    finally:
+        book.close()
+
+
+def _leaves(agreed: Accord, plan: Plan | None) -> list[str]:
+    """List what leaves the site, each with what covers it."""
+    rounds = _count(agreed.reserved_rounds, "round")
+    covered = "not covered: privacy is off"
+    if plan:
+        covered = "covered by the plan above"
+        if agreed.privacy.unit == "client":
+            covered = "not covered against the coordinator, which adds the noise"
+    models = "the model and the student" if agreed.distillation.enabled else "the model"
+    return [
+        f"weights, in at most {rounds}: {covered}",
+        f"group counts: evaluation subjects by {', '.join(agreed.fairness.attributes)}, label and "
+        f"prediction of {models}, in every round: exact, not covered",
+        "the ledger, which holds no record and no count: not covered",
+        "when it answers: not covered",
+    ]
+
+
+def _seen(agreed: Accord, plan: Plan | None) -> list[str]:
+    """Say who sees what of it."""
+    noised = plan is not None and agreed.privacy.unit == "subject"
+    return [
+        "the coordinator: all that leaves, the weights "
+        + ("with the noise added here" if noised else "without noise"),
+        "the other sites: the global model and the student of every round",
+        "whoever gets the run's folder or report: counts, figures, ledger and final models",
+        "nobody else: records do not leave",
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _plain(words: str) -> str:
+    """Show an accord's own words without the characters that move or hide text on a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in words)

@@ -1,0 +1,63 @@
+"""Heads of the sites' ledgers: every site is shown them, so that a ledger that goes back is seen.
+
+A site signs the end of its ledger into every reply. The coordinator shows these heads to all sites
+with its next request; each keeps those of its peers in its own signed ledger and holds its own
+ledger to the one that comes back to it. Peers bring what they hold to the next run as well, so an
+older copy of a ledger stops its site even before a coordinator that knows nothing of the past.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedaccord.evidence import canonical_json
+from fedaccord.privacy.chain import Head, read_heads
+
+SHOWN = 32  # heads in one request; where there are more sites they take turns
+
+
+class Heads:
+    """The longest head that was heard of each site and key."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], Head] = {}
+        self._keys: dict[str, str] = {}  # the key that a site itself uses, whatever peers say
+
+    def hear(self, site: str, said: dict[str, Any]) -> str:
+        """Take in the heads of a reply: `head`, the site's own, and `seen`, of its peers.
+
+        Returns:
+            Why the reply's own head contradicts what this site signed before, or "".
+        """
+        own = [h for h in read_heads(f"[{said.get('head', '')}]") if h.site == site]
+        for head in read_heads(str(said.get("seen", "[]"))):
+            if head.site != site:
+                self._keep(head)
+        for head in own:
+            for key in {head.key, self._keys.get(site, head.key)}:  # also where it has rotated
+                known = self._known.get((site, key))
+                if known and (head.seq < known.seq or (head.seq == known.seq and head != known)):
+                    return (
+                        f"ledger: its head is entry {head.seq} ({head.hash[:12]}), after it had "
+                        f"shown entry {known.seq} ({known.hash[:12]})"
+                    )
+            self._keep(head)
+            self._keys[site] = head.key
+        return ""
+
+    def _keep(self, head: Head) -> None:
+        known = self._known.get((head.site, head.key))
+        if known is None or head.seq > known.seq:
+            self._known[head.site, head.key] = head
+
+    def show(self, number: int) -> str:
+        """Write the heads that a request carries, as JSON; `number` is the round."""
+        heads = [self._known[name] for name in sorted(self._known)]
+        start = number * SHOWN % len(heads) if len(heads) > SHOWN else 0
+        turn = (heads + heads)[start : start + min(SHOWN, len(heads))]
+        return canonical_json([head.to_json() for head in turn])
+
+    def record(self) -> dict[str, Any]:
+        """Return the head that each site showed last, for the evidence: number and hash."""
+        own = {site: self._known[site, key] for site, key in sorted(self._keys.items())}
+        return {site: {"seq": head.seq, "hash": head.hash} for site, head in own.items()}
