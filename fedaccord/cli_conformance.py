@@ -20,8 +20,8 @@ def conformance(
     from rich.console import Console
     from rich.progress import track
 
+    from fedaccord.conformance import suite
     from fedaccord.privacy.audit import ALPHA
-    from fedaccord.simulations import conformance as suite
 
     console = Console()
     if repetitions:
@@ -50,7 +50,7 @@ def _clean() -> bool:
     from rich.table import Column, Table
     from rich.text import Text
 
-    from fedaccord.simulations import conformance as suite
+    from fedaccord.conformance import suite
 
     console = Console()
     name = Column("check", no_wrap=True)
@@ -73,7 +73,7 @@ def _faults() -> bool:
     from rich.table import Column, Table
     from rich.text import Text
 
-    from fedaccord.simulations import conformance as suite
+    from fedaccord.conformance import suite
 
     console = Console()
     by = Column("caught by", no_wrap=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 ROOMS = (
     "client",
+    "conformance",
     "fairness",
     "models",
     "privacy",

@@ -58,7 +58,7 @@ def spent(first: list[Event], later: list[Event], cap: Cap) -> float:
     |---|---|
     | none | 0 |
     | `later` empty | PLD of `first` |
-    | any in `later` | Renyi filter over `first` and `later`; about a tenth above PLD |
+    | any in `later` | Renyi filter over `first` and `later`, at `order(cap)` |
     | anything NonPrivate | infinite |
 
     Args:

@@ -10,15 +10,14 @@ from typer.testing import CliRunner
 from fedaccord import cli
 from fedaccord.client import app as client_app
 from fedaccord.client import train
+from fedaccord.conformance import plants, suite
+from fedaccord.conformance.checks import BY_NAME, CHECKS
+from fedaccord.conformance.data import clipped_sum_in_closed_form, crowd_of
+from fedaccord.conformance.faults import FAULTS, Fault
+from fedaccord.conformance.runs import laboratory
+from fedaccord.conformance.site import planted, replayed, tapped
 from fedaccord.privacy import audit, engines, noise
 from fedaccord.privacy.plan import PrivacyPlan
-from fedaccord.simulations import conformance as suite
-from fedaccord.simulations import conformance_plants as plants
-from fedaccord.simulations.conformance_checks import BY_NAME, CHECKS
-from fedaccord.simulations.conformance_data import clipped_sum_in_closed_form, crowd_of
-from fedaccord.simulations.conformance_runs import laboratory
-from fedaccord.simulations.conformance_site import planted, replayed, tapped
-from fedaccord.simulations.faults import FAULTS, Fault
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 

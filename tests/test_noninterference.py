@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from fedaccord.client import train
-from fedaccord.simulations import conformance_leaks as leaks
-from fedaccord.simulations.conformance_data import crowd_of, interfering
-from fedaccord.simulations.conformance_runs import laboratory, site_bench
-from fedaccord.simulations.conformance_site import nobody
-from fedaccord.simulations.conformance_transcript import captured, transcript
+from fedaccord.conformance import leaks
+from fedaccord.conformance.data import crowd_of, interfering
+from fedaccord.conformance.runs import laboratory, site_bench
+from fedaccord.conformance.site import nobody
+from fedaccord.conformance.transcript import captured, transcript
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 

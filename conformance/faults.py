@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedaccord.simulations import conformance_client as client
-from fedaccord.simulations import conformance_leaks as leaks
-from fedaccord.simulations import conformance_plants as plants
+from fedaccord.conformance import client, leaks, plants
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedaccord.conformance.site import Probe, planted, together
 from fedaccord.errors import BudgetError, LedgerError
-from fedaccord.simulations.conformance_site import Probe, planted, together
 from fedaccord.tasks import Records
 
 Plant = AbstractContextManager[None]

@@ -11,9 +11,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedaccord.client.app import app as client_app
+from fedaccord.conformance.site import planted, together
 from fedaccord.privacy.client_level import ClientPlan
 from fedaccord.privacy.noise import Floats
-from fedaccord.simulations.conformance_site import planted, together
 from fedaccord.simulations.engine import InProcessGrid
 from fedaccord.strategies.client_level import ClientLevelMean
 

@@ -17,13 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Message
 
-from fedaccord.evidence import sha256
-from fedaccord.privacy.noise import Floats
-from fedaccord.privacy.plan import PrivacyPlan
-from fedaccord.simulations import conformance_client
-from fedaccord.simulations import conformance_site as site
-from fedaccord.simulations.conformance_client import ClientRuns
-from fedaccord.simulations.conformance_data import (
+from fedaccord.conformance import client, site
+from fedaccord.conformance.client import ClientRuns
+from fedaccord.conformance.data import (
     REPEATS,
     clipped_sum_in_closed_form,
     crowd_of,
@@ -31,8 +27,11 @@ from fedaccord.simulations.conformance_data import (
     neighbours,
     unit_rows,
 )
-from fedaccord.simulations.conformance_site import Bench
-from fedaccord.simulations.conformance_transcript import reseed, transcript
+from fedaccord.conformance.site import Bench
+from fedaccord.conformance.transcript import reseed, transcript
+from fedaccord.evidence import sha256
+from fedaccord.privacy.noise import Floats
+from fedaccord.privacy.plan import PrivacyPlan
 from fedaccord.tasks import Records
 
 
@@ -309,7 +308,7 @@ class Lab:
     @cached_property
     def client(self) -> ClientRuns:
         """Rounds of the coordinator's mean under client-level privacy."""
-        return conformance_client.observe()
+        return client.observe()
 
     @cached_property
     def transcripts(self) -> dict[str, dict[str, str]]:

@@ -96,7 +96,7 @@ class Probe:
             features=tuple(f"x{place}" for place in range(features)),
             classes=("no", "yes"),
             attributes={"group": ("a", "b")},
-            source="made up by fedaccord.simulations.conformance_site",
+            source="made up by fedaccord.conformance.site",
         )
 
     def site(self, name: str) -> SiteData:
@@ -121,7 +121,7 @@ def linear(spec: TaskSpec) -> nn.Module:
 @contextmanager
 def registered() -> Iterator[None]:
     """Let accords name the probe task and the linear model, for as long as the suite runs."""
-    here = "fedaccord.simulations.conformance_site"
+    here = "fedaccord.conformance.site"
     try:
         registry.TASKS["conformance"] = f"{here}:Probe"
         registry.MODELS["conformance-linear"] = f"{here}:linear"

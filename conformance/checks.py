@@ -11,12 +11,12 @@ from dp_accounting.pld import PLDAccountant
 from flwr.app import Message
 from safetensors import torch as safetensors
 
+from fedaccord.conformance import site
+from fedaccord.conformance.runs import Lab
 from fedaccord.evidence import sha256
 from fedaccord.privacy import audit
 from fedaccord.privacy.audit import ALPHA
 from fedaccord.privacy.noise import Floats
-from fedaccord.simulations import conformance_site as site
-from fedaccord.simulations.conformance_runs import Lab
 
 # What a reply to training may hold beside the weights.
 SAID = {"site", "run", "round", "head"}

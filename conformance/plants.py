@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedaccord.conformance.site import planted
 from fedaccord.privacy.noise import Floats, OsSource, Source
 from fedaccord.privacy.plan import PrivacyPlan
 from fedaccord.privacy.sampling import Indices, SubjectSampler
-from fedaccord.simulations.conformance_site import planted
 from fedaccord.tasks import Records
 
 Plant = AbstractContextManager[None]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedaccord.conformance import site
 from fedaccord.privacy.noise import Floats
-from fedaccord.simulations import conformance_site as site
 from fedaccord.tasks import Records
 
 LOUD = 1000.0  # inputs so large that every gradient is clipped to the bound

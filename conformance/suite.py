@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedaccord.simulations.conformance_checks import BY_NAME, CHECKS, Check, Finding
-from fedaccord.simulations.conformance_runs import laboratory
-from fedaccord.simulations.conformance_site import planted
-from fedaccord.simulations.faults import FAULTS, Fault
+from fedaccord.conformance.checks import BY_NAME, CHECKS, Check, Finding
+from fedaccord.conformance.faults import FAULTS, Fault
+from fedaccord.conformance.runs import laboratory
+from fedaccord.conformance.site import planted
 
 __all__ = ["CHECKS", "FAULTS", "STATISTICAL", "Outcome", "clean", "faults", "plant", "repeat"]
 

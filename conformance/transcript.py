@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from flwr.app import Array, Message
 
+from fedaccord.conformance import site
+from fedaccord.conformance.site import Bench
 from fedaccord.evidence import canonical_json, sha256
-from fedaccord.simulations import conformance_site as site
-from fedaccord.simulations.conformance_site import Bench
 from fedaccord.tasks import Records
 
 
