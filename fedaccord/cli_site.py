@@ -175,11 +175,11 @@ def _budget(
     agreed: Accord, name: str, folder: Path, own: SitePolicy, plan: Plan | None
 ) -> tuple[list[str], list[str]]:
     """Say what each cap leaves before and after a plan, and which cap it would pass."""
-    from fedaccord.privacy import accounting
-    from fedaccord.privacy.ledger import spent
+    from fedaccord.privacy import accounting, budget
+    from fedaccord.privacy.ledger import of_accord, spent
 
     entries = _entries(folder, name)
-    same = [entry for entry in entries if entry.get("accord") == agreed.digest]
+    same = of_accord(entries, agreed.digest)
     event = plan.event() if plan else accounting.NON_PRIVATE
     about = (agreed.task.name, own.disjoint)
     said, faults = [], []
@@ -196,7 +196,7 @@ def _budget(
         said.append(
             f"cap {over}: epsilon {cap.epsilon:g} at delta {cap.delta:g}; used so far "
             f"{accounting.show(used)}, with one run of this plan {accounting.show(then)}, left "
-            f"then {math.floor(max(0.0, cap.epsilon - then) * 100) / 100:.2f}"
+            f"then {budget.show_left(max(0.0, cap.epsilon - then))}"
         )
         if then > cap.epsilon:
             faults.append(

@@ -94,6 +94,12 @@ def spent(
     return budget.spent(first, later, cap)
 
 
+def of_accord(entries: Iterable[Entry], accord: str) -> list[Entry]:
+    """Leave out what other accords reserved; that results have left the site stays to be seen."""
+    others = ("RESERVE", "NONPRIVATE")
+    return [e for e in entries if e["kind"] not in others or e["accord"] == accord]
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a reservation is held to.
@@ -309,13 +315,9 @@ class Ledger:
 
     def _over(self, entries: list[Entry], plan: Plan | None, terms: Terms) -> str:
         """Say why a plan does not fit under the site's caps, or return ""."""
-        of_others = ("RESERVE", "NONPRIVATE")
-        of_accord = [
-            e for e in entries if e.get("accord") == terms.accord or e["kind"] not in of_others
-        ]
         for cap, held, of in (
             (terms.cap, entries, ""),
-            (terms.accord_cap, of_accord, " for this accord"),
+            (terms.accord_cap, of_accord(entries, terms.accord), " for this accord"),
         ):
             if cap is None or math.isinf(cap.epsilon):
                 continue

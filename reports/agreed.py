@@ -18,6 +18,7 @@ MEANINGS = {
     "task.name": ("", "where the records come from"),
     "task.options": ("", "options of the task"),
     "sites.subjects": ("subjects", "training subjects that the site declares"),
+    "sites.records": ("records", "training records that the site declares"),
     "model.name": ("", "the global model"),
     "model.options": ("", "options of the global model"),
     "rounds.rounds": ("rounds", "rounds that count"),
@@ -37,6 +38,8 @@ MEANINGS = {
     "privacy.delta": ("probability", "of (epsilon, delta)"),
     "privacy.max_epsilon": ("epsilon", "cap of a new simulated site over all its runs"),
     "privacy.sampling_prob": ("probability", "that a subject takes part in a step (Poisson)"),
+    "privacy.engine": ("", "how the gradient of each subject is computed and cut"),
+    "privacy.precision": ("", "arithmetic of the passes; its rounding is in the noise"),
     "privacy.max_grad_norm": ("L2 norm", "bound of one subject's gradient"),
     "privacy.unit": ("", "what is protected: a training subject at its site, or a whole site"),
     "privacy.clipping_norm": ("L2 norm", "bound of a site's update, with a site as the unit"),
@@ -85,7 +88,11 @@ def _leaves(tables: dict[str, Any], path: str = "") -> list[tuple[str, str, Any]
     for name, value in tables.items():
         key = f"{path}.{name}" if path else name
         if name == "sites":
-            out += [(f"sites.{s['name']}.subjects", "sites.subjects", s["subjects"]) for s in value]
+            out += [
+                (f"sites.{s['name']}.{key}", f"sites.{key}", s[key])
+                for s in value
+                for key in ("subjects", "records")
+            ]
         elif name == "options":
             out += [(f"{key}.{option}", key, value[option]) for option in value]
         elif isinstance(value, dict):
