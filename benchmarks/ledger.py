@@ -67,7 +67,9 @@ def measure(length: int, tries: int) -> list[float]:
         with closing(Ledger(*place)) as ledger:
             ledger.reserve("a", PLAN, 1, TERMS)
             rounds, done = iter(range(1, 1000)), iter(range(1, 1000))
-            figures.append(took(lambda: ledger.intend("a", next(rounds), PLAN), tries))
+            figures.append(
+                took(lambda: ledger.intend("a", next(rounds), PLAN, TERMS.accord), tries)
+            )
             figures.append(took(lambda: ledger.release("a", next(done)), tries))
     return figures
 

@@ -211,7 +211,7 @@ def train_and_record(
         The weights that may be sent, as safetensors bytes.
     """
     plan, training, accord = site.plan, site.accord.training, site.accord
-    site.ledger.intend(run, number, plan, peers)
+    site.ledger.intend(run, number, plan, accord.digest, peers)
     records = _read(site, "train")
     if isinstance(plan, PrivacyPlan):
         how = accord.privacy

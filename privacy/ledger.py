@@ -237,16 +237,18 @@ class Ledger:
             if not mine or (mine[-1]["kind"], mine[-1].get("reason")) != ("REFUSAL", reason):
                 self._log.append("REFUSAL", run, accord=accord, rule=rule, reason=reason)
 
-    def intend(self, run: str, number: int, plan: Plan | None, seen: Iterable[Head] = ()) -> Entry:
+    def intend(
+        self, run: str, number: int, plan: Plan | None, accord: str, seen: Iterable[Head] = ()
+    ) -> Entry:
         """Use one slot for a round under the reserved plan, before any record is read.
 
         Raises:
-            BudgetError: no reservation, another plan than the reserved one, no slot left, or this
-                round has used its slot already.
+            BudgetError: no reservation, another plan or accord than the reserved one, no slot
+                left, or this round has used its slot already.
         """
         with self._log.transaction() as entries:
             mine = [entry for entry in entries if entry["run"] == run]
-            held = self._held(mine, run, plan)
+            held = self._held(mine, run, plan, accord)
             slots = held["rounds"] if held else 0
             used = [entry["round"] for entry in mine if entry["kind"] == "INTENT"]
             if number in used:
@@ -294,7 +296,8 @@ class Ledger:
         """Hold the file alone and show the run's reservation; refuse a plan that does not fit."""
         self._over(self.entries(), plan, terms)  # the slow sum, cached, before others have to wait
         with self._log.transaction() as entries:
-            held = self._held([e for e in entries if e["run"] == run], run, plan)
+            mine = [e for e in entries if e["run"] == run]
+            held = self._held(mine, run, plan, terms.accord)
             refusal = "" if held else self._over(entries, plan, terms)
             if not refusal:
                 yield held
@@ -302,14 +305,23 @@ class Ledger:
             self.refuse(run, terms.accord, "budget", refusal)
             raise BudgetError(refusal)
 
-    def _held(self, mine: list[Entry], run: str, plan: Plan | None) -> Entry | None:
-        """Find a run's reservation; it covers the plan that it was made for and no other."""
+    def _held(self, mine: list[Entry], run: str, plan: Plan | None, accord: str) -> Entry | None:
+        """Find a run's reservation; it covers the plan and accord that it was made for, no other.
+
+        Equal plans of two accords are two reservations: an accord may have a cap of its own, and
+        its records may be other people's.
+        """
         found = [e for e in mine if e["kind"] in RESERVATIONS]
         digest = plan.digest if plan else None
         if found and found[0]["plan_digest"] != digest:
             raise BudgetError(
                 f"Site {self.site} has reserved plan {str(found[0]['plan_digest'])[:12]} for run "
                 f"{run}, not {str(digest)[:12]}. Start a new run for another plan."
+            )
+        if found and found[0]["accord"] != accord:
+            raise BudgetError(
+                f"Site {self.site} has reserved run {run} for accord {found[0]['accord'][:12]}, not "
+                f"{accord[:12]}. Start a new run for another accord."
             )
         return found[0] if found else None
 
@@ -325,10 +337,13 @@ class Ledger:
             if spent(held, cap, event, *about) <= cap.epsilon:
                 continue
             first, later, seen = reserved(held, *about)
-            needs = accounting.show(budget.needs(event, cap, first, later, seen=seen))
+            left = budget.left(first, later, cap)
+            needs = budget.needs(event, cap)
+            if needs <= left:  # by itself it would fit: what counts is what it adds to the others
+                needs = budget.needs(event, cap, first, later, seen=seen)
             return (
-                f"This plan needs epsilon {needs}; site {self.site} has "
-                f"{budget.show_left(budget.left(first, later, cap))} of {cap.epsilon:.2f} left at "
+                f"This plan needs epsilon {accounting.show(needs)}; site {self.site} has "
+                f"{budget.show_left(left)} of {cap.epsilon:.2f} left at "
                 f"delta {cap.delta:g}{of}. Plan fewer rounds, raise privacy.noise_multiplier, or "
                 "ask the site to raise its cap."
             )

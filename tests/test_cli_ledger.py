@@ -28,7 +28,7 @@ def write(folder, *rounds):
     with closing(Ledger(*place)) as ledger:
         ledger.reserve("a", PLAN, 1, Terms(Cap(1.0, 1e-5), "f" * 64))
         for number in rounds:
-            ledger.intend("a", number, PLAN)
+            ledger.intend("a", number, PLAN, "f" * 64)
             ledger.release("a", number, what="weights", covers="the reserved plan")
 
 

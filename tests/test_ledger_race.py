@@ -62,7 +62,7 @@ def job(ledger, run, chance):
         if what == "counts":
             ledger.counts(name, number, cells=4)
         elif what == "round":
-            ledger.intend(name, number, plan)
+            ledger.intend(name, number, plan, list(ACCORDS)[run % len(ACCORDS)])
             ledger.release(name, number, sha256="0" * 64)
     except BudgetError:
         return "refused"

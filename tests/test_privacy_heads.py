@@ -54,9 +54,9 @@ def test_peers_heads_are_kept_in_the_reservation_and_in_each_intent(tmp_path):
         ledger.reserve("a", PLAN, 1, TERMS, [clinic])
         assert ledger.seen() == [clinic]
         later = end(tmp_path / "clinic", "clinic")
-        intent = ledger.intend("a", 1, PLAN, ledger.witness([later, lab, mine]))
+        intent = ledger.intend("a", 1, PLAN, TERMS.accord, ledger.witness([later, lab, mine]))
         assert intent["seen"] == [later.to_json(), lab.to_json()]
-        ledger.intend("a", 2, PLAN, [clinic])
+        ledger.intend("a", 2, PLAN, TERMS.accord, [clinic])
         assert ledger.seen() == [later, lab]  # the longest, whatever came last
 
 

@@ -42,7 +42,7 @@ class Place:
         with self.open() as ledger:
             ledger.reserve("a", PLAN, 1, TERMS)
             for number in rounds:
-                ledger.intend("a", number, PLAN)
+                ledger.intend("a", number, PLAN, TERMS.accord)
                 ledger.release("a", number)
 
     def export(self, name="export.jsonl"):
@@ -120,9 +120,9 @@ def test_rotation_hands_over_and_other_processes_go_on_with_the_new_key(place):
         entry = one.rotate()
         new = keys.load(place.key).public
         assert old != new == entry["public_key"]
-        other.intend("a", 2, PLAN)
+        other.intend("a", 2, PLAN, TERMS.accord)
         other.rotate()
-        one.intend("a", 3, PLAN)
+        one.intend("a", 3, PLAN, TERMS.accord)
         assert one.head() == other.head()
     path = place.export()
     chain = keeping.read_export(path)
@@ -152,7 +152,7 @@ def test_a_rotation_never_throws_away_the_key_in_force(place):
         place.key.write_bytes(old)
         place.key.chmod(0o600)
         other.rotate()  # opened before, it first finds the key that still waits
-        other.intend("a", 2, PLAN)
+        other.intend("a", 2, PLAN, TERMS.accord)
     place.write(3)
 
 
@@ -160,7 +160,7 @@ def test_the_second_place_holds_the_end_after_every_transaction(place):
     with place.open() as ledger:
         for work in (
             lambda: ledger.reserve("a", PLAN, 1, TERMS),
-            lambda: ledger.intend("a", 1, PLAN),
+            lambda: ledger.intend("a", 1, PLAN, TERMS.accord),
             lambda: ledger.release("a", 1),
             lambda: ledger.counts("a", 1),
             lambda: ledger.refuse("b", "f" * 64, "expires", "The policy ended."),
@@ -174,7 +174,7 @@ def test_the_second_place_never_goes_back(place):
     place.write()
     with place.open() as ledger:
         before = ledger.head()
-        ledger.intend("a", 1, PLAN)
+        ledger.intend("a", 1, PLAN, TERMS.accord)
         SecondPlace(place.head).advance(before)
         assert SecondPlace(place.head).read() == ledger.head()
 
@@ -202,7 +202,7 @@ def test_without_its_head_a_ledger_stops_until_an_operator_accepts(place, spoil,
     with place.open() as ledger:
         spoil(place.head)
         with pytest.raises(LedgerError, match=says):
-            ledger.intend("a", 2, PLAN)  # also one that is open
+            ledger.intend("a", 2, PLAN, TERMS.accord)  # also one that is open
     place.stopped(says)
     entry = keeping.accept(place.path, "ward", place.head, [])
     assert entry["kind"] == "ACCEPT"
@@ -315,11 +315,11 @@ def full_disk(room=0):
 def test_a_full_disk_is_a_ledger_error_and_leaves_the_ledger_as_it_was(place):
     place.write()
     with place.open() as ledger:
-        for work in (lambda: ledger.intend("a", 1, PLAN), ledger.rotate):
+        for work in (lambda: ledger.intend("a", 1, PLAN, TERMS.accord), ledger.rotate):
             with full_disk(), pytest.raises(LedgerError, match="Nothing was released"):
                 work()
         assert place.kinds() == ["KEY", "RESERVE"]
-        ledger.intend("a", 1, PLAN)  # the same connection goes on once there is room
+        ledger.intend("a", 1, PLAN, TERMS.accord)  # the same connection goes on once there is room
     assert place.kinds() == ["KEY", "RESERVE", "INTENT"]
 
 
@@ -329,7 +329,7 @@ def test_a_full_second_place_fails_although_the_entry_counts(place):
         shutil.rmtree(place.head.parent)
         place.head.parent.write_text("a file in the folder's place")
         with pytest.raises(LedgerError, match="second place"):
-            ledger.intend("a", 1, PLAN)
+            ledger.intend("a", 1, PLAN, TERMS.accord)
         place.head.parent.unlink()
 
 
@@ -368,7 +368,7 @@ def test_a_file_that_is_read_only_is_a_ledger_error_and_nothing_is_written(place
         sqlite3, "connect", lambda path, **how: right(f"file:{path}?mode=ro", uri=True, **how)
     )
     with pytest.raises(LedgerError, match="readonly"), place.open() as ledger:
-        ledger.intend("a", 1, PLAN)
+        ledger.intend("a", 1, PLAN, TERMS.accord)
     monkeypatch.undo()
     assert place.kinds() == ["KEY", "RESERVE"]
 

@@ -60,7 +60,7 @@ def total(ledger, cap=ROOM, **about):
 
 def test_reserve_intend_release_are_written_in_that_order(ledger):
     reserve(ledger, dataset="heart", disjoint=[["heart"], ["lung"]])
-    ledger.intend("a", 1, PLAN)
+    ledger.intend("a", 1, PLAN, ACCORD)
     ledger.release("a", 1, what="weights", sha256="0" * 64)
     ledger.counts("a", 1, what="group counts", cells=4)
     assert kinds(ledger) == ["RESERVE", "INTENT", "RELEASE", "COUNTS"]
@@ -88,7 +88,7 @@ def test_the_whole_plan_is_spent_from_its_reservation_on(ledger):
     reserve(ledger)
     before = total(ledger)
     assert before == pytest.approx(ONE, rel=1e-3)
-    ledger.intend("a", 1, PLAN)
+    ledger.intend("a", 1, PLAN, ACCORD)
     ledger.release("a", 1)
     assert total(ledger) == before
 
@@ -114,10 +114,27 @@ def test_a_reservation_covers_the_plan_that_it_was_made_for_and_no_other(ledger,
         lambda: reserve(ledger, plan=other, cap=UNCAPPED),
         lambda: ledger.consider("a", other, Terms(UNCAPPED, ACCORD)),
         lambda: reserve(ledger, plan=None, cap=UNCAPPED),
-        lambda: ledger.intend("a", 1, other),
-        lambda: ledger.intend("a", 1, None),
+        lambda: ledger.intend("a", 1, other, ACCORD),
+        lambda: ledger.intend("a", 1, None, ACCORD),
     ):
         with pytest.raises(BudgetError, match=r"Site ward has reserved plan .* Start a new run"):
+            attempt()
+    assert kinds(ledger) == ["RESERVE"]
+
+
+def test_a_reservation_covers_the_accord_that_it_was_made_for_and_no_other_with_the_same_plan(
+    ledger,
+):
+    groups = [["heart"], ["lung"]]
+    reserve(ledger, dataset="heart", disjoint=groups)
+    # The other accord has other people's records, or a cap of its own: neither is paid for.
+    for attempt in (
+        lambda: reserve(ledger, accord="e" * 64, dataset="lung", disjoint=groups),
+        lambda: reserve(ledger, accord="e" * 64, accord_cap=Cap(0.01, 1e-5)),
+        lambda: ledger.consider("a", PLAN, Terms(UNCAPPED, "e" * 64)),
+        lambda: ledger.intend("a", 1, PLAN, "e" * 64),
+    ):
+        with pytest.raises(BudgetError, match="has reserved run a for accord ffffffffffff, not e"):
             attempt()
     assert kinds(ledger) == ["RESERVE"]
 
@@ -143,7 +160,7 @@ def test_a_second_plan_over_the_cap_is_refused_with_what_is_needed_and_left(ledg
     assert (last["reason"], last["rule"]) == (str(refusal.value), "budget")
     assert total(ledger) == pytest.approx(ONE, rel=1e-3)
     with pytest.raises(BudgetError, match="no slot left of 0 reserved for run b"):
-        ledger.intend("b", 1, PLAN)
+        ledger.intend("b", 1, PLAN, ACCORD)
 
 
 def test_the_cap_itself_can_be_spent_and_nothing_above_it(ledger):
@@ -166,7 +183,7 @@ def test_past_plans_are_composed_and_not_added(ledger):
 def test_a_plan_chosen_after_a_result_never_costs_less_than_one_chosen_before(ledger):
     reserve(ledger, "a", cap=ROOM)
     before = spent(ledger.entries(), ROOM, PLAN.event())
-    ledger.intend("a", 1, PLAN)
+    ledger.intend("a", 1, PLAN, ACCORD)
     assert reserved(ledger.entries()) == ([PLAN.event()], [], False)
     ledger.release("a", 1)
     assert reserved(ledger.entries()) == ([PLAN.event()], [], True)
@@ -261,23 +278,23 @@ def test_data_sets_have_one_budget_unless_they_are_declared_disjoint(ledger):
 
 def test_a_round_has_one_slot_and_a_run_as_many_as_it_reserved(ledger):
     with pytest.raises(BudgetError, match="no slot left of 0 reserved for run a"):
-        ledger.intend("a", 1, PLAN)
+        ledger.intend("a", 1, PLAN, ACCORD)
     reserve(ledger)
-    ledger.intend("a", 1, PLAN)
+    ledger.intend("a", 1, PLAN, ACCORD)
     with pytest.raises(BudgetError, match="already used its slot for round 1 of run a"):
-        ledger.intend("a", 1, PLAN)
-    ledger.intend("a", 7, PLAN)
+        ledger.intend("a", 1, PLAN, ACCORD)
+    ledger.intend("a", 7, PLAN, ACCORD)
     with pytest.raises(BudgetError, match="no slot left of 2 reserved for run a"):
-        ledger.intend("a", 8, PLAN)
+        ledger.intend("a", 8, PLAN, ACCORD)
     assert kinds(ledger) == ["RESERVE", "INTENT", "INTENT"]
 
 
 def test_one_runs_slots_are_not_anothers(ledger):
     reserve(ledger, "a", cap=ROOM)
     reserve(ledger, "b", cap=ROOM)
-    ledger.intend("a", 1, PLAN)
-    ledger.intend("a", 2, PLAN)
-    ledger.intend("b", 1, PLAN)
+    ledger.intend("a", 1, PLAN, ACCORD)
+    ledger.intend("a", 2, PLAN, ACCORD)
+    ledger.intend("b", 1, PLAN, ACCORD)
     with pytest.raises(LedgerError, match="round 2 of run b has no INTENT"):
         ledger.release("b", 2)
 
@@ -286,7 +303,7 @@ def test_a_release_needs_its_intent_and_comes_once(ledger):
     reserve(ledger)
     with pytest.raises(LedgerError, match="round 1 of run a has no INTENT"):
         ledger.release("a", 1)
-    ledger.intend("a", 1, PLAN)
+    ledger.intend("a", 1, PLAN, ACCORD)
     ledger.release("a", 1)
     with pytest.raises(LedgerError, match="round 1 of run a has a RELEASE already"):
         ledger.release("a", 1)
@@ -296,7 +313,7 @@ def test_a_release_needs_its_intent_and_comes_once(ledger):
 def test_find_returns_a_runs_entries_of_the_kinds_asked_for(ledger):
     reserve(ledger, "a", cap=ROOM)
     reserve(ledger, "b", cap=ROOM)
-    ledger.intend("a", 1, PLAN)
+    ledger.intend("a", 1, PLAN, ACCORD)
     assert [e["kind"] for e in ledger.find("a", "INTENT", "RESERVE")] == ["RESERVE", "INTENT"]
     assert ledger.find("b", "INTENT") == []
 
