@@ -47,6 +47,9 @@ log = logging.getLogger("fedaccord.site")
 Handler = Callable[[Message, Context], Message]
 
 NOT_COVERED = "not covered"
+MOST_HEADS = (
+    64  # of other sites that one entry keeps: anybody can sign heads with keys of their own
+)
 # What these say depends on accord, policy, ledger and disk alone, so it may travel.
 REFUSALS = (AccordError, BudgetError, LedgerError, PolicyError)
 
@@ -128,7 +131,7 @@ def join(site: Site, message: Message) -> RecordDict:
 def reserve(site: Site, message: Message) -> RecordDict:
     """Reserve the whole plan; the reply holds the ledger's entry."""
     site.admit("reserve")
-    peers = site.ledger.witness(_heads(message))
+    peers = site.ledger.witness(_heads(site, message))[:MOST_HEADS]
     rounds = site.accord.reserved_rounds
     entry = site.ledger.reserve(_run(message), site.plan, rounds, site.terms, peers)
     return _reply(site, entry=evidence.canonical_json(entry))
@@ -140,7 +143,7 @@ def train_round(site: Site, message: Message) -> RecordDict:
     """Train one round and release the weights; asked again, send the same bytes again."""
     run, number = _run(message), _round(message)
     site.admit("train")
-    peers = site.ledger.witness(_heads(message))
+    peers = site.ledger.witness(_heads(site, message))[:MOST_HEADS]
     payload = stored_release(site, run, number)
     if payload is None:
         model = site.model("model", message.content.array_records["arrays"])
@@ -161,23 +164,30 @@ def _reply(site: Site, **said: str | int) -> RecordDict:
     return RecordDict({"config": config})
 
 
-def _heads(message: Message) -> list[Head]:
-    """Read the heads of ledgers that a request shows."""
-    return read_heads(str(message.content.config_records["config"].get("heads", "[]")))
+def _heads(site: Site, message: Message) -> list[Head]:
+    """Read the heads that a request shows of the ledgers of the accord's sites."""
+    shown = read_heads(str(message.content.config_records["config"].get("heads", "[]")))
+    return [head for head in shown if head.site in site.accord.roster]
 
 
 def _release_path(site: Site, run: str, number: int) -> Path:
     return site.folder / "releases" / f"{run}-{number:05d}.safetensors"
 
 
+def reserved(site: Site, run: str) -> bool:
+    """Tell whether a run has a reservation, and one of this accord."""
+    held = site.ledger.find(run, "RESERVE", "NONPRIVATE")
+    return bool(held) and held[0]["accord"] == site.accord.digest
+
+
 def stored_release(site: Site, run: str, number: int) -> bytes | None:
-    """Return the bytes that a round has already released, or None if it has not.
+    """Return the bytes that a round has already released under this accord, or None.
 
     Raises:
         BudgetError: the ledger has a RELEASE whose bytes are gone; others are never made.
     """
     done = [e for e in site.ledger.find(run, "RELEASE") if e["round"] == number]
-    if not done:
+    if not done or not reserved(site, run):
         return None
     path = _release_path(site, run, number)
     payload = path.read_bytes() if path.exists() else b""
@@ -221,7 +231,9 @@ def train_and_record(
     elif records is not None:
         client_level.train_plainly(model, records, accord, site.name, number)
     salt = client_level.salt() if isinstance(plan, ClientPlan) else None
-    payload = safetensors.save({k: v.contiguous() for k, v in model.state_dict().items()}, salt)
+    payload = safetensors.save(
+        {k: v.clone().contiguous() for k, v in model.state_dict().items()}, salt
+    )
     evidence.write_atomic(_release_path(site, run, number), payload)
     site.ledger.release(
         run,
@@ -255,7 +267,7 @@ def evaluate(site: Site, message: Message) -> RecordDict:
     """
     site.admit("evaluate")
     run, number = _run(message), _round(message)
-    if not site.ledger.find(run, "RESERVE", "NONPRIVATE"):
+    if not reserved(site, run):
         raise BudgetError(f"Site {site.name} has no reservation for run {run}. Reserve first.")
     records = _read(site, "test")
     content, cells = RecordDict(), 0
@@ -290,7 +302,8 @@ def _counted(site: Site, model: nn.Module, records: Records | None) -> Mapping[s
 @app.query("ledger")
 @answer
 def ledger(site: Site, message: Message) -> RecordDict:
-    """Hand over the whole ledger, for the run's evidence."""
+    """Hand over the whole ledger, for the run's evidence; as an accord may that could join."""
+    site.admit("join")
     return RecordDict({"config": ConfigRecord({"site": site.name, "ledger": site.ledger.export()})})
 
 

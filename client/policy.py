@@ -36,7 +36,7 @@ def _digest(text: str) -> str:
 
 def _name(text: str) -> str:
     if not text.strip():
-        raise Fault('"" is no name. Remove it.')
+        raise ValueError('"" is empty. Fill it in, or leave the key out.')
     return text
 
 

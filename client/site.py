@@ -136,7 +136,7 @@ def open_site(accord: Accord, name: str, context: Context) -> Site:
     """Open a site's folder, with its policy and its ledger.
 
     Raises:
-        AccordError: a policy that is not valid.
+        PolicyError: a policy that is not valid, or none at a site that its node config names.
         LedgerError: a ledger that is damaged, altered or another site's, or a folder that cannot
             be used.
     """
@@ -144,7 +144,11 @@ def open_site(accord: Accord, name: str, context: Context) -> Site:
     base = str(context.run_config.get("sites", ""))
     folder = (Path(base) if base else runs.home() / f"sites-of-run-{context.run_id}") / name
     try:
-        own = policy.of_site(folder, accord)
+        # Only a simulated site, which nobody told who it is, gets a policy that suits the accord.
+        told = "site" in context.node_config
+        own = (
+            policy.SitePolicy.read(folder / policy.FILE) if told else policy.of_site(folder, accord)
+        )
         return Site(
             name=name,
             accord=accord,

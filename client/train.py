@@ -13,17 +13,17 @@ from torch import nn
 from torch.nn import functional
 
 from fedaccord.accord import TrainingSection
+from fedaccord.client.columns import usable
 from fedaccord.client.diary import log
 from fedaccord.errors import AccordError
 from fedaccord.privacy import engines
 from fedaccord.privacy.clipping import SubjectOptimizer
 from fedaccord.privacy.noise import OsSource, Source
 from fedaccord.privacy.plan import PrivacyPlan
-from fedaccord.privacy.sampling import EMPTY, SubjectSampler, pages
+from fedaccord.privacy.sampling import EMPTY, MICRO_BATCH, SubjectSampler, pages
 from fedaccord.tasks import Records
 
 MAX_WEIGHT = 100.0  # largest magnitude that a model to be trained privately may hold
-MICRO_BATCH = 256  # rows of a page at most; bounds memory, changes no result
 
 
 def refuse_unsafe(model: nn.Module) -> None:
@@ -86,7 +86,8 @@ def train_private(
     | nobody drawn | noise alone |
     | a record that makes the model raise | that record contributes zero, the others as ever |
     | no records at all, or unreadable (None) | noise alone |
-    | subjects that cannot be told apart (no column of whole numbers) | noise alone |
+    | a record whose subject or label is no whole number, or whose inputs are no numbers | without that record (`columns.usable`) |
+    | subjects that cannot be told apart (a column of another type) | noise alone |
 
     Args:
         model: float32 model on any device with float64; changed in place.
@@ -99,18 +100,15 @@ def train_private(
 
     Raises:
         AccordError: a layer that the engine cannot take apart, or weights that did not move.
-    """
+    """  # noqa: E501  (a table row cannot be broken)
     first = next(model.parameters())
     device, dtype = first.device, first.dtype
     model.double()
-    working = model
-    if precision != "float64":
-        working = copy.deepcopy(model).to(engines.PRECISIONS[precision])
-    parts = engines.make(engine, working)
+    passes = _Passes(model, engine, precision, plan.max_grad_norm)
     trained = [p for p in model.parameters() if p.requires_grad]
     sgd = torch.optim.SGD(trained, training.learning_rate, training.momentum)
     optimizer = SubjectOptimizer(sgd, plan)
-    sampler = _sampler(plan, records)
+    records, sampler = _indexed(plan, records)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for step in range(plan.steps):
@@ -120,15 +118,57 @@ def train_private(
                 masks = int(source.uniform(1)[0] * 2**53)
                 for page in pages(rows, plan.normaliser, MICRO_BATCH, source):
                     assert records is not None
-                    _add_page(parts, optimizer, records, page, plan.max_grad_norm, masks)
+                    _add_page(passes, optimizer, records, page, masks)
                 before = [] if step else _copies(model)
                 mean = optimizer.noisy_step(source)
                 if step == 0:
                     refuse_still(before, model, mean)
-                _copy_weights(model, working)
     finally:
-        parts.close()
         model.to(dtype)
+
+
+class _Passes:
+    """The copy of a model that runs over pages of records; the model itself never sees one.
+
+    What a pass writes besides gradients would leave the site without noise (an embedding with
+    `max_norm` shortens the rows that it looks up), or change what other records give (a record that
+    makes the model raise halfway leaves it in evaluation mode). So every pass starts from the
+    weights that are held, and from a new copy once one has raised.
+    """
+
+    def __init__(self, model: nn.Module, engine: str, precision: str, max_grad_norm: float) -> None:
+        self._model, self._engine = model, engine
+        self._dtype, self._bound = engines.PRECISIONS[precision], max_grad_norm
+        self.renew()
+
+    def renew(self) -> None:
+        """Take a new copy of the model."""
+        self._working = copy.deepcopy(self._model).to(self._dtype)
+        self._parts = engines.make(self._engine, self._working)
+
+    def clipped_sum(
+        self, records: Records, page: npt.NDArray[np.int64], masks: int
+    ) -> torch.Tensor:
+        """Sum the clipped gradients of a page's records, dropout's masks drawn from a seed."""
+        self._refresh()
+        torch.default_generator.manual_seed(masks)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed(masks)
+        inputs, labels = _page(records.inputs, page), _page(records.labels, page)
+        keep = torch.from_numpy(page != EMPTY)
+        with torch.enable_grad():
+            return self._parts.clipped_sum(inputs, labels, self._bound, keep)
+
+    def _refresh(self) -> None:
+        """Bring the copy up to the weights that are held in float64, and back to training mode."""
+        self._working.train()
+        with torch.no_grad():
+            for held, used in zip(_tensors(self._model), _tensors(self._working), strict=True):
+                used.copy_(held)
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _copies(model: nn.Module) -> list[torch.Tensor]:
@@ -163,31 +203,22 @@ def refuse_still(before: list[torch.Tensor], model: nn.Module, released: torch.T
             )
 
 
-def _copy_weights(model: nn.Module, working: nn.Module) -> None:
-    """Bring the copy that computes gradients up to the weights that are held in float64."""
-    if working is model:
-        return
-    with torch.no_grad():
-        for held, used in zip(model.parameters(), working.parameters(), strict=True):
-            used.copy_(held)
-
-
-def _sampler(plan: PrivacyPlan, records: Records | None) -> SubjectSampler:
-    """Index the records by subject; what cannot be indexed counts as nobody."""
-    nobody = np.zeros(0, np.int64)
+def _indexed(plan: PrivacyPlan, records: Records | None) -> tuple[Records | None, SubjectSampler]:
+    """Index the usable records by subject; where none can be told to be so, there is nobody."""
     try:
-        return plan.sampler(nobody if records is None else records.subjects)
+        if records is not None:
+            kept = usable(records)
+            return kept, plan.sampler(kept.subjects)
     except Exception:
-        log.exception("the subjects of the training records cannot be indexed")
-        return plan.sampler(nobody)
+        log.exception("the training records cannot be indexed")
+    return None, plan.sampler(np.zeros(0, np.int64))
 
 
 def _add_page(
-    parts: engines.Engine,
+    passes: _Passes,
     optimizer: SubjectOptimizer,
     records: Records,
     page: npt.NDArray[np.int64],
-    max_grad_norm: float,
     masks: int,
 ) -> None:
     """Add the clipped gradients of a page's records; a record that raises contributes zero.
@@ -200,19 +231,15 @@ def _add_page(
     if len(held) == 0:
         return
     try:
-        torch.default_generator.manual_seed(masks)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed(masks)
-        inputs, labels = _page(records.inputs, page), _page(records.labels, page)
-        keep = torch.from_numpy(page != EMPTY)
-        optimizer.add(parts.clipped_sum(inputs, labels, max_grad_norm, keep))
+        optimizer.add(passes.clipped_sum(records, page, masks))
     except Exception as fault:  # any fault of the data; the site's own diary has it
         log.warning("%d records raised %s", len(held), type(fault).__name__)
+        passes.renew()
         half = len(held) // 2
         for others in (held[half:], held[:half]) if half else ():
             part = page.copy()
             part[others] = EMPTY
-            _add_page(parts, optimizer, records, part, max_grad_norm, masks)
+            _add_page(passes, optimizer, records, part, masks)
 
 
 def _page(column: npt.NDArray[np.generic], page: npt.NDArray[np.int64]) -> torch.Tensor:

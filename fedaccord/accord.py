@@ -130,7 +130,7 @@ class PrivacySection(Section):
     delta: float = Field(default=1e-5, gt=0, lt=0.1)
     max_epsilon: float = Field(default=10.0, gt=0, le=100)
     sampling_prob: float = Field(gt=0, le=1)
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6)
+    max_grad_norm: float = Field(default=1.0, ge=1e-9, le=1e6)
     engine: Literal["hooks", "ghost"] = "hooks"
     precision: Literal["float64", "float32", "bfloat16"] = "float64"
     unit: Literal["subject", "client"] = "subject"

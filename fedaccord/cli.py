@@ -1,4 +1,4 @@
-"""The command line: check, simulate, report, verify. User errors are one line and exit code 2."""
+"""The command line and its groups of commands. User errors are one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fedaccord import __version__, cli_conformance, cli_ledger, cli_plan, cli_site
-from fedaccord.errors import BudgetError, FedAccordError
+from fedaccord.errors import AccordError, BudgetError, FedAccordError
 
 # Flower reads these when it is imported or started; nothing that FedAccord starts calls home.
 QUIET = {
@@ -98,6 +98,9 @@ def simulate(
     from fedaccord import runs
 
     agreed = accords.load(accord)
+    for name, folder in (("--sites", sites), ("--out", out)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise AccordError(f"{name} {folder}: is a file. Name a folder.")
     run = out / runs.new_id(agreed.name)
 
     from rich.console import Console
@@ -122,7 +125,13 @@ def simulate(
     page = write_report(run)
     console.print(table)
     outcome = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    console.print(Text.assemble(("Stopped  ", "bold"), runs.RunFolder(run).records()[-1]["reason"]))
+    records = runs.RunFolder(run).records()
+    for record in records:
+        if record["kind"] == "out":
+            console.print(
+                Text.assemble(("Left out ", "bold"), f"{record['site']}: {record['reason']}")
+            )
+    console.print(Text.assemble(("Stopped  ", "bold"), records[-1]["reason"]))
     console.print(Text.assemble(("Privacy  ", "bold"), outcome["headline"]))
     console.print(Text("Not protected", "bold"))
     for line in outcome["not_protected"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,9 +31,18 @@ def _place(folder: Path) -> tuple[Path, str, Path | None]:
 
     path, rules = folder / "ledger.sqlite", folder / "policy.toml"
     if not path.is_file():
-        raise LedgerError(f"site {folder}: has no ledger.sqlite. Give a site's own folder.")
+        raise LedgerError(
+            f"site {folder}: has no ledger.sqlite. Give a site's own folder, or put its ledger "
+            "back with `fedaccord ledger restore`."
+        )
+    site = site_of(path)
+    if not site:  # to read a ledger may not begin one
+        raise LedgerError(
+            f"ledger {path}: holds no entry that can be read. Put an exported one back with "
+            "`fedaccord ledger restore`, or let the site's first run begin it."
+        )
     second = folder / SitePolicy.read(rules).second_head if rules.is_file() else None
-    return path, site_of(path) or folder.name, second
+    return path, site, second
 
 
 def _open(folder: Path) -> Ledger:
@@ -46,6 +56,8 @@ def _checked(where: Path) -> tuple[Chain, str]:
     from fedaccord.privacy.keeping import read_export
 
     if where.is_file():
+        if not where.stat().st_size:
+            raise LedgerError(f"ledger {where}: is an empty file. Give a file that was exported.")
         return read_export(where), "an export: that nothing was cut off its end cannot be seen here"
     from fedaccord.privacy.chain import Chain
     from fedaccord.privacy.store import Store
@@ -71,9 +83,6 @@ def show(
     from rich.table import Table
     from rich.text import Text
 
-    from fedaccord.privacy import accounting
-    from fedaccord.privacy.ledger import reserved
-
     chain, _ = _checked(where)
     if entries:
         for entry in chain.entries:
@@ -90,13 +99,35 @@ def show(
     for entry in chain.entries:
         if entry["kind"] not in ("RESERVE", "NONPRIVATE", "INTENT", "RELEASE", "COUNTS"):
             console.print(f"{entry['seq']} {entry['kind']} {_what(entry)}", markup=False)
-    first, later, _ = reserved(chain.entries)
-    for delta in sorted({e["plan"]["delta"] for e in chain.entries if e.get("plan")}):
-        total = accounting.epsilon(accounting.compose(first + later), delta)
-        console.print(
-            f"All reserved plans composed: (epsilon={accounting.show(total)}, delta={delta:g}), "
-            "add-or-remove-one, PLD."
-        )
+    console.print(_total(chain.entries), markup=False)
+
+
+def _total(entries: Sequence[dict[str, Any]]) -> str:
+    """Say what all reservations come to, counted as the cap of the last one counts them."""
+    from fedaccord.privacy import accounting
+    from fedaccord.privacy.ledger import reserved
+    from fedaccord.reports.costs import gate
+
+    held = [entry for entry in entries if entry["kind"] in ("RESERVE", "NONPRIVATE")]
+    if not held:
+        lost = any(entry["kind"] == "LOST" for entry in entries)
+        return "Entries are missing: epsilon infinite." if lost else "No plan was reserved."
+    first, later, _ = reserved(entries)
+    cap = held[-1]["cap"]
+    try:
+        total = gate(first, later, cap["epsilon"], cap["delta"])
+    except ValueError as fault:
+        raise LedgerError(f"the ledger cannot be added up: {fault}.") from None
+    how = "PLD"
+    if later:
+        how = "by a Renyi filter, since a plan was reserved after results had left the site"
+    if not isinstance(total, str):
+        total = accounting.show(total)
+    bound = cap["epsilon"] if isinstance(cap["epsilon"], str) else f"{cap['epsilon']:g}"
+    return (
+        f"All reserved plans together: (epsilon={total}, delta={cap['delta']:g}), "
+        f"add-or-remove-one, {how}. The site's cap at the last of them: {bound}."
+    )
 
 
 def _summary(mine: list[dict[str, Any]]) -> tuple[str, str, str]:
@@ -136,13 +167,16 @@ def _what(entry: dict[str, Any]) -> str:
 @app.command()
 def verify(where: Either) -> None:
     """Check every hash and signature; exit code 1 if one does not hold."""
+    if not where.is_file():
+        _place(where)  # a folder that is no site's is a mistake of the command, not of a ledger
     try:
         chain, besides = _checked(where)
     except LedgerError as fault:
         print(f"FAULT  {fault}")
         raise typer.Exit(1) from None
     head = f", head {chain.last[:12]}" if len(chain) else ""
-    print(f"ok     {len(chain)} entries{head}: chain and signatures hold; {besides}")
+    count = "1 entry" if len(chain) == 1 else f"{len(chain)} entries"
+    print(f"ok     {count}{head}: chain and signatures hold; {besides}")
 
 
 @app.command()
@@ -153,6 +187,8 @@ def export(
     """Write the ledger as JSON lines, each entry with its hash and signature."""
     from fedaccord.evidence import write_atomic
 
+    if out and out.is_dir():
+        raise LedgerError(f"--out {out}: is a folder. Name a file in it.")
     ledger = _open(folder)
     try:
         text = ledger.export()
@@ -184,6 +220,11 @@ def restore(
     from fedaccord.client.policy import SitePolicy
     from fedaccord.privacy import keeping
 
+    if not (folder / "ledger.key").exists():
+        raise LedgerError(
+            f"site {folder}: has no ledger.key, with which the ledger was signed. Give a site's "
+            "own folder; if its key was lost as well, put that back first."
+        )
     rules = folder / "policy.toml"
     second = folder / SitePolicy.read(rules).second_head if rules.is_file() else None
     count = keeping.restore(folder / "ledger.sqlite", second, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,7 +52,8 @@ def approve(
     held = path.exists()
     own = policy.SitePolicy.read(path) if held else policy_file.strict_policy(site)
     console = Console()
-    console.print(_agreement(agreed, name, site, own, held))
+    table, refusals = _agreement(agreed, name, site, own, held)
+    console.print(table)
     print(f"Digest     {agreed.digest}")
     if agreed.digest in own.approved:
         print(f"{path}: it is approved already; nothing was changed.")
@@ -68,22 +70,31 @@ def approve(
             raise typer.Exit(1)
     today = datetime.now(UTC).date()
     policy_file.approve(path, agreed.digest, f"{agreed.name}, approved {today}")
-    print(f"{path}: {agreed.name} is approved.")
+    besides = "; what would still refuse it stands above, under Policy" if refusals else ""
+    print(f"{path}: {agreed.name} is approved{besides}.")
 
 
 @app.command()
-def revoke(accord: AccordFile, site: SiteFolder) -> None:
+def revoke(
+    accord: Annotated[str, typer.Argument(help="The accord, or its digest as policy.toml has it.")],
+    site: SiteFolder,
+) -> None:
     """Take an accord off a site's policy.toml: from its next message on it is refused."""
     from fedaccord import accord as accords
     from fedaccord.client import policy, policy_file
 
-    agreed = accords.load(accord)
+    known = re.fullmatch("[0-9a-f]{64}", accord)  # an accord whose task is gone does not load
+    digest, name = (accord, accord[:12]) if known else _named(accords.load(accord))
     path = site / policy.FILE
-    was = policy_file.revoke(path, agreed.digest)
+    was = policy_file.revoke(path, digest)
     print(
-        f"{path}: {agreed.name} is "
+        f"{path}: {name} is "
         + ("approved no longer." if was else "not among the approved; nothing was changed.")
     )
+
+
+def _named(agreed: Accord) -> tuple[str, str]:
+    return agreed.digest, agreed.name
 
 
 @app.command(name="policy")
@@ -114,8 +125,10 @@ def show(site: SiteFolder) -> None:
         print(f"approved {digest}")
 
 
-def _agreement(agreed: Accord, name: str, folder: Path, own: SitePolicy, held: bool) -> Table:
-    """Lay out what a site agrees to, for somebody who answers for its data."""
+def _agreement(
+    agreed: Accord, name: str, folder: Path, own: SitePolicy, held: bool
+) -> tuple[Table, list[str]]:
+    """Lay out what a site agrees to, for somebody who answers for its data; list what refuses."""
     from rich.table import Table
     from rich.text import Text
 
@@ -138,6 +151,7 @@ def _agreement(agreed: Accord, name: str, folder: Path, own: SitePolicy, held: b
     plan, rounds = plan_for(agreed, name), agreed.rounds
     budget, fault = _budget(agreed, name, folder, own, plan)
     until = f", until {own.expires}" if own.expires else ""
+    refusals += fault
     said = {
         "Accord": [agreed.name],
         "Purpose": [agreed.purpose],
@@ -157,7 +171,7 @@ def _agreement(agreed: Accord, name: str, folder: Path, own: SitePolicy, held: b
         "Leaves": _leaves(agreed, plan),
         "Who sees": _seen(agreed, plan),
         "Policy": ["" if held else "there is none yet; a yes writes one that allows nothing more"]
-        + [f"would still refuse by {refusal}" for refusal in (*refusals, *fault)],
+        + [f"would still refuse by {refusal}" for refusal in refusals],
     }
     said["Policy"] = [line for line in said["Policy"] if line] or ["would let it in"]
     table = Table.grid(padding=(0, 1))
@@ -168,7 +182,7 @@ def _agreement(agreed: Accord, name: str, folder: Path, own: SitePolicy, held: b
                 "-" if len(lines) > 1 else "",
                 Text(_plain(line)),
             )
-    return table
+    return table, refusals
 
 
 def _budget(
@@ -241,10 +255,12 @@ def _leaves(agreed: Accord, plan: Plan | None) -> list[str]:
 def _seen(agreed: Accord, plan: Plan | None) -> list[str]:
     """Say who sees what of it."""
     noised = plan is not None and agreed.privacy.unit == "subject"
+    student = " and the student" if agreed.distillation.enabled else ""
+    models = f"the global model{student}"
     return [
         "the coordinator: all that leaves, the weights "
         + ("with the noise added here" if noised else "without noise"),
-        "the other sites: the global model and the student of every round",
+        f"the other sites: {models} of every round, and the last hash of this ledger",
         "whoever gets the run's folder or report: counts, figures, ledger and final models",
         "nobody else: records do not leave",
     ]

@@ -37,7 +37,7 @@ from fedaccord.privacy.log import SignedLog, now
 from fedaccord.privacy.plan import Plan
 
 RESERVATIONS = ("RESERVE", "NONPRIVATE", "LOST")
-RESULTS = ("RELEASE", "COUNTS")
+RESULTS = ("INTENT", "RELEASE", "COUNTS")  # from an INTENT on, words may leave that a result chose
 Groups = Sequence[Sequence[str]]
 
 
@@ -66,8 +66,8 @@ def reserved(
     """List what a ledger has reserved for the subjects of a data set.
 
     Returns:
-        The events reserved before any result had left the site, those reserved later, and whether
-        a result has left it by now.
+        The events reserved before any result can have left the site (before the first INTENT),
+        those reserved later, and whether a result may have left it by now.
     """
     first: list[accounting.Event] = []
     later: list[accounting.Event] = []
@@ -320,8 +320,8 @@ class Ledger:
             )
         if found and found[0]["accord"] != accord:
             raise BudgetError(
-                f"Site {self.site} has reserved run {run} for accord {found[0]['accord'][:12]}, not "
-                f"{accord[:12]}. Start a new run for another accord."
+                f"Site {self.site} has reserved run {run} for accord "
+                f"{found[0]['accord'][:12]}, not {accord[:12]}. Start a new run for another accord."
             )
         return found[0] if found else None
 

@@ -22,6 +22,9 @@ from fedaccord.privacy.client_level import ClientPlan, client_plan
 # pages a deep model in float32 reaches 1. The rest is margin, two units of each precision's last
 # place or more, for machines where sums have no fixed order.
 SLACK = {"float64": 1e-4, "float32": 1e-3, "bfloat16": 1e-2}
+# Below it what a long gradient is multiplied by, down to max_grad_norm / 1.8e308, has so few bits
+# left in float64 that it rounds to a longer one than the slack covers.
+LEAST_CLIP = 1e-9
 LEAST_NOISE = 0.3  # the least noise multiplier: below it no figure is a protection
 
 
@@ -38,7 +41,7 @@ class PrivacyPlan:
         steps: steps a round.
         sampling_prob: Poisson inclusion of a subject per step, in (0, 1].
         noise_multiplier: noise stddev of the sum / its L2 sensitivity, at least `LEAST_NOISE`.
-        max_grad_norm: L2 bound of one subject's gradient, above 0.
+        max_grad_norm: L2 bound of one subject's gradient, at least `LEAST_CLIP`.
         delta: at which epsilon is stated, in (0, 1).
         slack: relative excess over max_grad_norm that rounding can cause, 0 or more.
         neighboring_relation: "add-or-remove-one".
@@ -72,7 +75,8 @@ class PrivacyPlan:
         self._must("sampling_prob", 0 < self.sampling_prob <= 1, "in (0, 1]")
         sigma = LEAST_NOISE <= self.noise_multiplier < math.inf
         self._must("noise_multiplier", sigma, f"finite and at least {LEAST_NOISE}")
-        self._must("max_grad_norm", 0 < self.max_grad_norm < math.inf, "finite and above 0")
+        clip = LEAST_CLIP <= self.max_grad_norm < math.inf
+        self._must("max_grad_norm", clip, f"finite and at least {LEAST_CLIP:g}")
         self._must("delta", 0 < self.delta < 1, "in (0, 1)")
         self._must("slack", 0 <= self.slack < math.inf, "finite and 0 or more")
         relation = self.neighboring_relation == "add-or-remove-one"

@@ -18,11 +18,12 @@ from torch.nn.modules.conv import _ConvNd
 from fedaccord.errors import AccordError
 from fedaccord.privacy import engines
 from fedaccord.privacy.plan import SLACK, PrivacyPlan
+from fedaccord.privacy.sampling import MICRO_BATCH, page_shape
 from fedaccord.tasks import Task
 
 SIZES = (1, 2, 3, 8, 17)  # records in a batch
 ROWS = 3 * SIZES[-1]  # synthetic records that a probe needs
-PAGE = 64  # places on the page that is probed in the plan's precision
+PAGE = 64  # rows of the page that is probed in the plan's precision, where there is no plan
 SEEDS = (1, 2, 3)  # of dropout's masks and other draws in a forward pass
 EXACT = 1e-9  # relative to a gradient's norm, in float64, where nothing at all should differ
 SAME = 1e-6  # the same for batches of different shapes, whose rounding a deep model magnifies
@@ -57,7 +58,7 @@ def probe(
     | layers and padding that are known to fail | by name |
     | a record's gradient does not depend on its neighbours | float64, training mode, equal dropout masks: one record is replaced, the gradient of the others' losses must stay |
     | norms and clipped sums are right | against plain autograd, record by record, without Opacus |
-    | rounding stays within the slack | the plan's precision, on a page as in training: one record leaves its place |
+    | rounding stays within the slack, on a page of the size that training has | the plan's precision: one record leaves its place |
 
     Args:
         model: to be trained; any dtype and device.
@@ -353,9 +354,10 @@ def check_rounding(
     slack = plan.slack if plan else SLACK[precision]
     clip = plan.max_grad_norm if plan else 1.0
     parts = engines.make(engine, copy.deepcopy(model).to(engines.PRECISIONS[precision]), loss)
-    places = torch.from_numpy(np.random.default_rng(0).permutation(PAGE)[: SIZES[-1]])
+    rows = page_shape(plan.normaliser, MICRO_BATCH)[1] if plan else PAGE  # as in training
+    places = torch.from_numpy(np.random.default_rng(0).permutation(rows)[: SIZES[-1]])
     inputs, labels = (
-        column.new_zeros((PAGE, *column.shape[1:])).index_copy(
+        column.new_zeros((rows, *column.shape[1:])).index_copy(
             0, places.to(column.device), column[: SIZES[-1]]
         )
         for column in records
@@ -363,7 +365,7 @@ def check_rounding(
 
     def page(kept: torch.Tensor, bound: float) -> torch.Tensor:
         torch.manual_seed(1)
-        mask = torch.zeros(PAGE, dtype=torch.bool)
+        mask = torch.zeros(rows, dtype=torch.bool)
         mask[kept] = True
         return parts.clipped_sum(inputs, labels, bound, mask)
 

@@ -53,6 +53,7 @@ class SubjectSampler:
 
 
 EMPTY = -1  # a place without a record
+MICRO_BATCH = 256  # rows of a page at most; bounds memory
 
 
 def places(expected: float) -> int:
@@ -68,6 +69,13 @@ def places(expected: float) -> int:
     return math.ceil(mean + 10 * math.sqrt(mean) + 16)
 
 
+def page_shape(expected: float, largest: int) -> tuple[int, int]:
+    """Say how many pages a step has, and how many rows each, from what is declared alone."""
+    room = places(expected)
+    count = -(-room // largest)
+    return count, -(-room // count)
+
+
 def pages(rows: Indices, expected: float, largest: int, source: Source) -> list[Indices]:
     """Lay a step's records out on pages of one public shape, at places drawn at random.
 
@@ -80,7 +88,7 @@ def pages(rows: Indices, expected: float, largest: int, source: Source) -> list[
     |---|---|
     | nobody | none |
     | at most `places(expected)` | as many as those places need, on average a few rows empty |
-    | more | twice as many as before, until all fit; only then does the shape depend on the data |
+    | more | of the same shape, twice as many as before until all fit: their number depends on the data |
 
     Args:
         rows: int64 (m,), what the sampler drew.
@@ -90,14 +98,12 @@ def pages(rows: Indices, expected: float, largest: int, source: Source) -> list[
 
     Returns:
         Pages of equal length, int64; EMPTY where there is no record.
-    """
+    """  # noqa: E501  (a table row cannot be broken)
     if len(rows) == 0:
         return []
-    room = places(expected)
-    while room < len(rows):
-        room *= 2
-    count = -(-room // largest)
-    length = -(-room // count)
+    count, length = page_shape(expected, largest)
+    while count * length < len(rows):
+        count *= 2
     laid: Indices = np.full(count * length, EMPTY)
     laid[np.argsort(source.uniform(count * length), kind="stable")[: len(rows)]] = rows
     return list(laid.reshape(count, length))

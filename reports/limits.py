@@ -133,10 +133,11 @@ _ABOUT = {"subject": [*_NOISED, *_BOTH], "client": [*_BARE, *_BOTH]}
 _ALWAYS = [
     "That a site ran the mechanism it declared rests on the site's software and on who runs it. "
     "Each release names the build by its hash; the hash does not prove what ran.",
-    "A site's ledger is signed with the site's own key, and its peers keep its head, so that not "
-    "even the site can take an entry back unseen. The coordinator's own records are chained but "
-    "not signed: keep the last hash elsewhere. Which key is whose is not fixed by the accord: a "
-    "site that starts anew with another key is not told from one that was never here.",
+    "A site's ledger is signed with the site's own key, and the other sites keep its last hash as "
+    "they were shown it: up to there not even the site can take an entry back unseen. The "
+    "coordinator can keep such a hash from them. Its own records are chained but not signed: keep "
+    "the last hash elsewhere. Which key is whose is not fixed by the accord: a site that starts "
+    "anew with another key is not told from one that was never here.",
     "Timing: when a site answers, how long it takes and that it falls silent are not covered.",
     "A site that sends wrong weights or wrong counts on purpose: only their form and the length of "
     "an update are checked.",

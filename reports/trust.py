@@ -33,9 +33,9 @@ _COUNTS = "the exact counts of evaluation subjects"
 MODES = (
     Mode(
         "link",
-        "Noise at the site, site runs its own installed software (the link)",
-        f"Of training: nothing. Besides: {_COUNTS}, when a site answers, the other runs in its "
-        "ledger.",
+        "Noise at the site, site runs its own installed software (the link; it does not exist yet)",
+        f"Of training, nothing without noise. Besides: {_COUNTS}, when a site answers, the other "
+        "runs in its ledger.",
         "The same. It may choose the weights that it sends within the bound on weights, and the "
         "stated epsilon holds for any. It can show sites different models and keep heads of "
         "ledgers back; it cannot lower noise, raise the clip or repeat a round.",
@@ -46,11 +46,11 @@ MODES = (
     Mode(
         "stock",
         "Noise at the site, Flower's own engine",
-        f"Of training: nothing. Besides: {_COUNTS}, when a site answers, the other runs in its "
-        "ledger.",
+        f"Of training, nothing without noise. Besides: {_COUNTS}, when a site answers, the other "
+        "runs in its ledger.",
         "Everything: the code that a site runs comes in the bundle that the coordinator's side "
         "submits, so a changed bundle can leave out noise, policy and ledger.",
-        "As the malicious coordinator.",
+        "As the coordinator that cheats.",
         "As over the link, as long as the bundle is the reviewed one.",
     ),
     Mode(

@@ -21,10 +21,16 @@ class Heads:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], Head] = {}
+        self._asked: dict[tuple[str, str], Head] = {}  # what was known when a request last went out
+        self._own: dict[tuple[str, str], Head] = {}  # what a site showed of itself
         self._keys: dict[str, str] = {}  # the key that a site itself uses, whatever peers say
 
     def hear(self, site: str, said: dict[str, Any]) -> str:
         """Take in the heads of a reply: `head`, the site's own, and `seen`, of its peers.
+
+        A reply must not be older than what was known of its site before it was asked, or than what
+        the site has shown itself. A head that a peer saw since then may be of another run that is
+        going on, and says nothing against an earlier reply; the next request shows it.
 
         Returns:
             Why the reply's own head contradicts what this site signed before, or "".
@@ -35,13 +41,11 @@ class Heads:
                 self._keep(head)
         for head in own:
             for key in {head.key, self._keys.get(site, head.key)}:  # also where it has rotated
-                known = self._known.get((site, key))
-                if known and (head.seq < known.seq or (head.seq == known.seq and head != known)):
-                    return (
-                        f"ledger: its head is entry {head.seq} ({head.hash[:12]}), after it had "
-                        f"shown entry {known.seq} ({known.hash[:12]})"
-                    )
+                for known in (self._asked.get((site, key)), self._own.get((site, key))):
+                    if known and head != known and head.seq <= known.seq:
+                        return _went_back(head, known)
             self._keep(head)
+            self._own[site, head.key] = head
             self._keys[site] = head.key
         return ""
 
@@ -52,6 +56,7 @@ class Heads:
 
     def show(self, number: int) -> str:
         """Write the heads that a request carries, as JSON; `number` is the round."""
+        self._asked = dict(self._known)
         heads = [self._known[name] for name in sorted(self._known)]
         start = number * SHOWN % len(heads) if len(heads) > SHOWN else 0
         turn = (heads + heads)[start : start + min(SHOWN, len(heads))]
@@ -59,5 +64,12 @@ class Heads:
 
     def record(self) -> dict[str, Any]:
         """Return the head that each site showed last, for the evidence: number and hash."""
-        own = {site: self._known[site, key] for site, key in sorted(self._keys.items())}
+        own = {site: self._own[site, key] for site, key in sorted(self._keys.items())}
         return {site: {"seq": head.seq, "hash": head.hash} for site, head in own.items()}
+
+
+def _went_back(head: Head, known: Head) -> str:
+    return (
+        f"ledger: its head is entry {head.seq} ({head.hash[:12]}), after it had shown entry "
+        f"{known.seq} ({known.hash[:12]})"
+    )

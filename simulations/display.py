@@ -62,8 +62,9 @@ class Progress:
         rules, privacy = self.accord.fairness, self.accord.privacy
         cost = "epsilon: privacy is off."
         if privacy.enabled:
-            cost = "epsilon: highest of the sites, spent so far (odometer)/reserved, "
-            cost += f"at delta {privacy.delta:g}."
+            cost = "epsilon: highest of the sites, spent so far/reserved, at delta "
+            cost += f"{privacy.delta:g}; reserved is the claim, and holds whenever the run stops. "
+            cost += "Spent is read off an odometer, which passes it towards the end."
         table = Table(
             title=Text(f"{self.accord.name}: {self.accord.purpose}"),
             caption=(

@@ -6,6 +6,7 @@ coordinator would: it asks again, then for further rounds. What a site read and 
 durably, in a file beside it; nothing in the product takes part.
 """
 
+import inspect
 import json
 import os
 import random
@@ -26,26 +27,13 @@ RUN, ROUNDS, SPARE = "a", 2, 2
 ACCORD = f"""
 name = "small"
 purpose = "to be killed"
-[task]
-name = "noted"
-[[sites]]
-name = "cleveland"
-subjects = 200
-[model]
-name = "mlp"
-options = {{ hidden = 2 }}
-[rounds]
-rounds = {ROUNDS}
-spare_rounds = {SPARE}
-[training]
-steps = 1
-learning_rate = 0.5
-[privacy]
-noise_multiplier = 3.0
-sampling_prob = 0.1
-max_epsilon = 10.0
-[fairness]
-attributes = ["sex"]
+task = {{ name = "noted" }}
+sites = [{{ name = "cleveland", subjects = 200 }}]
+model = {{ name = "mlp", options = {{ hidden = 2 }} }}
+rounds = {{ rounds = {ROUNDS}, spare_rounds = {SPARE} }}
+training = {{ steps = 1, learning_rate = 0.5 }}
+privacy = {{ noise_multiplier = 3.0, sampling_prob = 0.1, max_epsilon = 10.0 }}
+fairness = {{ attributes = ["sex"] }}
 """
 
 
@@ -275,7 +263,10 @@ def read_before_intent():
     right = app.train_and_record
 
     def early(site, *rest):
-        app._read(site, "train")
+        counting = sys.gettrace()
+        sys.settrace(None)  # the moments stay those of the right order
+        site.task.site(site.name)
+        sys.settrace(counting)
         return right(site, *rest)
 
     app.train_and_record = early
@@ -332,6 +323,16 @@ def occurrences(seen):
     return moments
 
 
+def while_the_intent_is_written(moments):
+    """Six moments of the first round between its call of `intend` and its next line."""
+    from fedaccord.client import app
+
+    lines, first = inspect.getsourcelines(app.train_and_record)
+    call = first + next(n for n, line in enumerate(lines) if ".intend(" in line)
+    start, end = (moments["client/app.py", line][0] for line in (call, call + 1))
+    return [[start + (end - start) * part // 7] for part in range(1, 7)]
+
+
 def sweep(folder, share, mutant):
     """Kill a site at a share of its lines of code; at share 1, some twice in a row."""
     Coordinator(folder).accord  # noqa: B018  (imports are done once, before any fork)
@@ -343,14 +344,15 @@ def sweep(folder, share, mutant):
     chance = random.Random(0)
     places = sorted(moments)
     chosen = places if share == 1 else places[chance.randrange(share) :: share]
-    for number, place in enumerate(chosen):
-        ways = [[chance.choice(moments[place])]]
-        if share == 1 and number % 3 == 0:
-            ways.append([moments[place][0], chance.randrange(1, len(seen) // 2)])
-        for way, at in enumerate(ways):
-            kills += len(at)
-            if found := site_with_kills(folder / f"{number}-{way}", at, mutant):
-                wrong[f"{place} at {at}"] = found
+    plans = [[chance.choice(moments[place])] for place in chosen]
+    if share == 1:
+        twice = chosen[::3]
+        plans += [[moments[p][0], chance.randrange(1, len(seen) // 2)] for p in twice]
+    plans = while_the_intent_is_written(moments) if mutant else plans
+    for number, at in enumerate(plans):
+        kills += len(at)
+        if found := site_with_kills(folder / str(number), at, mutant):
+            wrong[f"{seen[at[0] - 1]} at {at}"] = found
     return {"places": len(places), "moments": len(seen), "kills": kills, "wrong": wrong}
 
 

@@ -134,6 +134,16 @@ def test_a_misspelt_key_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("option", ["--sites", "--out"])
+def test_a_file_where_a_folder_belongs_is_one_line_before_anything_starts(
+    tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "file").touch()
+    said = one_line(*command("simulate", "heart", option, tmp_path / "file"))
+    assert said == f"fedaccord: {option} {tmp_path / 'file'}: is a file. Name a folder.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_folder_that_is_not_a_run_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     said = one_line(*command("verify", tmp_path))
     assert f"run {tmp_path}: not a run folder" in said
@@ -200,6 +210,18 @@ def test_a_command_that_is_not_known_leaves_exit_code_2(called: Call) -> None:
 
 
 # --- the budget of a site outlives a run --------------------------------------------------------
+
+
+def test_a_site_that_was_left_out_is_named_with_its_reason(tmp_path: Path, called: Call) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY.replace("min_sites = 2", "min_sites = 1"))
+    words = ["simulate", tmp_path / "tiny.toml", "--sites", tmp_path / "sites", "--out"]
+    (tmp_path / "sites" / "va").mkdir(parents=True)
+    (tmp_path / "sites" / "va" / "policy.toml").write_text("max_epsilon = 2.4\ndelta = 1e-4\n")
+    code, out, _ = called(*words, tmp_path / "runs")
+    assert code == 0
+    said = " ".join(out.split())
+    assert "Left out va: Site va refuses by its rule approved" in said
+    assert "Left out hungary" not in said
 
 
 def test_a_second_run_on_the_same_sites_that_does_not_fit_is_refused_before_round_1(

@@ -14,8 +14,9 @@ from fedaccord.cli import main
 from fedaccord.cli_ledger import app
 from fedaccord.client import policy_file
 from fedaccord.errors import FedAccordError
+from fedaccord.privacy.accounting import show
 from fedaccord.privacy.budget import Cap
-from fedaccord.privacy.ledger import Ledger, Terms
+from fedaccord.privacy.ledger import Ledger, Terms, spent
 from fedaccord.privacy.plan import PrivacyPlan
 
 PLAN = PrivacyPlan("ward", 100, 5, 1, 1.0, 40.0, 1.0, 1e-5)
@@ -104,8 +105,22 @@ def test_show_adds_up_what_was_reserved_and_what_was_used(ward):
     assert code == 0
     assert "ledger of ward" in words
     assert "1 rounds, 1 releases, 0 counts" in words
-    assert "All reserved plans composed: (epsilon=" in words
+    assert "All reserved plans together: (epsilon=" in words
+    assert "add-or-remove-one, PLD." in " ".join(words.split())
     assert say("show", export(ward))[1] == words
+
+
+def test_show_counts_a_plan_that_was_reserved_after_results_as_the_sites_cap_does(ward):
+    with closing(Ledger(ward / "ledger.sqlite", "ward", ward / "../heads/ward.json")) as ledger:
+        cap = Cap(3.0, 1e-5)
+        ledger.reserve("b", PLAN, 1, Terms(cap, "e" * 64))
+        held = spent(ledger.entries(), cap)
+    code, words = say("show", ward)
+    words = " ".join(words.split())
+    assert code == 0
+    assert f"All reserved plans together: (epsilon={show(held)}, delta=1e-05)" in words
+    assert "by a Renyi filter" in words
+    assert words.endswith("cap at the last of them: 3.")
 
 
 def test_show_entries_prints_a_line_each(ward):
@@ -178,9 +193,25 @@ def test_accept_without_a_policy_is_refused(ward):
 @pytest.mark.parametrize("command", ["show", "verify", "export", "rotate", "accept"])
 def test_a_folder_without_a_ledger_is_one_line_and_stays_empty(tmp_path, command):
     code, words = say(command, tmp_path, *(["--yes"] if command == "accept" else []))
-    assert code == (1 if command == "verify" else 2)
-    assert "has no ledger.sqlite. Give a site's own folder." in words
+    assert code == 2
+    assert "has no ledger.sqlite. Give a site's own folder, " in words
     assert list(tmp_path.iterdir()) == []
+
+
+def test_restore_into_a_folder_without_a_key_asks_for_the_key(ward, tmp_path):
+    code, words = say("restore", tmp_path / "new", "--from", export(ward))
+    assert (code, "has no ledger.key" in words) == (2, True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_empty_export_and_a_folder_to_write_to_are_named(ward, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    code, words = say("show", tmp_path / "empty.jsonl")
+    assert (code, "is an empty file" in words) == (2, True)
+    assert say("export", ward, "--out", tmp_path) == (
+        2,
+        f"--out {tmp_path}: is a folder. Name a file in it.",
+    )
 
 
 @pytest.mark.parametrize("command", ["show", "export", "rotate"])
@@ -223,3 +254,11 @@ def test_no_command_on_a_ledger_imports_torch(ward):
     command = [sys.executable, "-c", WITHOUT_TORCH, ";".join(commands)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("verb", ["show", "verify", "export", "rotate"])
+def test_to_look_at_an_empty_ledger_does_not_begin_one(tmp_path, verb):
+    (tmp_path / "ledger.sqlite").touch()
+    code, said = say(verb, tmp_path)
+    assert (code, "holds no entry that can be read" in said) == (2, True)
+    assert not (tmp_path / "ledger.key").exists()

@@ -136,6 +136,9 @@ def test_an_approval_again_changes_nothing_and_a_revocation_takes_it_back(
     assert SitePolicy.read(site / "policy.toml").approved == []
     code, out, _ = called("revoke", "heart", "--site", site)
     assert (code, "nothing was changed." in out) == (0, True)
+    called("approve", "heart", "--site", site, "--yes")
+    called("revoke", HEART.digest, "--site", site)  # its file may be gone
+    assert SitePolicy.read(site / "policy.toml").approved == []
 
 
 @pytest.mark.parametrize(

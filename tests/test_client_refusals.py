@@ -93,7 +93,8 @@ def test_a_refused_site_answers_every_message_with_the_rule_and_reads_nothing(
         values["max_epsilon"] = 1.0
     elif rule == "accords":
         values["accords"] = {agreed.digest: {"max_epsilon": 1.0}}
-    for kind in ["train", "evaluate"] + (["query.join", "query.reserve"] * (rule != "hours")):
+    asked_any_time = ["query.join", "query.reserve", "query.ledger"]
+    for kind in ["train", "evaluate"] + (asked_any_time * (rule != "hours")):
         words = ask(tmp_path, values, agreed, kind)
         assert words.startswith(f"Site {SITE} refuses by its rule {rule}: "), (kind, words)
     assert unread == []
@@ -114,4 +115,20 @@ def test_the_same_site_joins_and_reserves_where_no_rule_is_broken(
         "",
         "",
     ]
+    assert unread == []
+
+
+def test_a_node_that_is_told_which_site_it_is_takes_part_in_nothing_without_a_policy(
+    tmp_path: Path, unread: list[str]
+) -> None:
+    agreed = agree(tmp_path)
+    grid = InProcessGrid(app, 1, {"accord": str(tmp_path / "small.toml"), "sites": str(tmp_path)})
+    (node,) = grid.get_node_ids()
+    grid._contexts[node].node_config = {"site": SITE}
+    asked = ConfigRecord({"run": "a", "accord": agreed.digest, "server-round": 1})
+    for kind in ("query.join", "query.reserve", "query.ledger", "train", "evaluate"):
+        content = RecordDict({"config": asked, "arrays": ArrayRecord()})
+        (reply,) = grid.send_and_receive([Message(content, node, kind)])
+        assert "policy.toml is missing" in reply.content.config_records["config"]["refused"]
+    assert not (tmp_path / SITE / policy.FILE).exists()
     assert unread == []

@@ -195,6 +195,11 @@ def written(folder: Path, private: bool, rounds: int) -> Path:
     return path
 
 
+def seqs(record: dict[str, Any]) -> dict[str, int]:
+    """How far each site's ledger had come, as a round's record says it."""
+    return {site: head["seq"] for site, head in record.get("heads", {}).items()}
+
+
 def test_flowers_runtime_and_the_engine_give_the_same_model_bit_for_bit(
     flower: Flower, tmp_path: Path
 ) -> None:
@@ -209,8 +214,10 @@ def test_flowers_runtime_and_the_engine_give_the_same_model_bit_for_bit(
     assert [r["id"] for r in theirs.records()] == [r["id"] for r in ours.records()]
     for mine, other in zip(theirs.records(), ours.records(), strict=True):
         if mine["kind"] in ("round", "decision"):  # every figure, but not how long it took
-            apart = {"hash": "", "seconds": 0}
+            # Heads hold times and are signed with keys that each run made for itself.
+            apart = {"hash": "", "seconds": 0, "heads": {}}
             assert mine | apart == other | apart
+            assert seqs(mine) == seqs(other)
     for part in ("flower-superlink", "flwr-simulation", "raylet", "gcs_server"):
         assert any(part in command for command in flower.seen), f"{part} was not looked at"
     assert addresses and addresses <= LOOPBACK
@@ -226,7 +233,8 @@ def test_a_private_run_completes_under_flower_and_is_another_each_time(
     assert run.records()[-1]["reason"] == "rounds done: 2 of 2"
     for site in SITES:
         ledger = (run.path / "ledgers" / f"{site}.jsonl").read_text()
-        assert json.loads(ledger.splitlines()[0])["kind"] == "RESERVE"
+        kinds = [json.loads(line)["kind"] for line in ledger.splitlines()]
+        assert kinds[:2] == ["KEY", "RESERVE"]
         assert (tmp_path / "sites" / site / "ledger.sqlite").is_file()
     engine.simulate(accord, tmp_path / "engine", tmp_path / "engine-sites", 4)
     models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("flower", "engine")]

@@ -147,6 +147,16 @@ def test_a_peer_can_neither_speak_for_a_site_nor_make_up_its_head(tmp_path):
     }
 
 
+def test_a_site_that_goes_on_in_another_run_while_it_is_asked_has_not_gone_back(tmp_path):
+    reply = said(end(tmp_path / "ward"))
+    later = end(tmp_path / "ward")  # in the other run, where the clinic is shown it
+    heads = Heads()
+    assert heads.hear("clinic", said(end(tmp_path / "clinic", "clinic"), later)) == ""
+    assert heads.hear("ward", reply) == ""
+    assert later in read_heads(heads.show(1))  # from here on it was asked knowing that
+    assert f"after it had shown entry {later.seq}" in heads.hear("ward", reply)
+
+
 def test_where_there_are_many_heads_each_is_shown_in_turn(tmp_path):
     heads, all_of_them = Heads(), set()
     for number in range(SHOWN + 8):

@@ -183,8 +183,9 @@ def test_past_plans_are_composed_and_not_added(ledger):
 def test_a_plan_chosen_after_a_result_never_costs_less_than_one_chosen_before(ledger):
     reserve(ledger, "a", cap=ROOM)
     before = spent(ledger.entries(), ROOM, PLAN.event())
-    ledger.intend("a", 1, PLAN, ACCORD)
     assert reserved(ledger.entries()) == ([PLAN.event()], [], False)
+    ledger.intend("a", 1, PLAN, ACCORD)  # a round may end in words that its noised step chose
+    assert reserved(ledger.entries()) == ([PLAN.event()], [], True)
     ledger.release("a", 1)
     assert reserved(ledger.entries()) == ([PLAN.event()], [], True)
     assert spent(ledger.entries(), ROOM, PLAN.event()) >= before

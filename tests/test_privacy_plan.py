@@ -24,7 +24,7 @@ BAD = [
     ("spare_rounds", (-1, 10, 11, 0.5)),
     ("sampling_prob", (0.0, -0.1, 1.0000001, math.nan, math.inf)),
     ("noise_multiplier", (0.0, 0.2999, -1.0, math.nan, math.inf)),
-    ("max_grad_norm", (0.0, -1.0, math.nan, math.inf)),
+    ("max_grad_norm", (0.0, 9e-10, -1.0, math.nan, math.inf)),
     ("delta", (0.0, 1.0, -1e-5, math.nan)),
     ("slack", (-1e-9, math.nan, math.inf)),
     ("neighboring_relation", ("replace-one", "")),

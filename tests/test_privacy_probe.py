@@ -314,6 +314,22 @@ def test_a_sum_that_moves_by_more_than_the_slack_is_refused_with_both_figures(fa
         ask(model, precision="float32", plan=plan(slack=0.02))
 
 
+class Seventy(nn.Module):
+    """Couples the records of a batch of more than 70 rows, and of no smaller one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        return self.layer(x * (1 + x.abs().sum()) if len(x) > 70 else x)
+
+
+def test_a_model_is_probed_on_a_page_of_the_size_that_training_has():
+    ask(Seventy(), plan=plan(subjects=100))  # pages of 65 rows
+    assert "the others' part by" in refusal(Seventy(), plan=plan(subjects=200))  # of 91
+
+
 def test_a_precision_without_a_finite_gradient_is_refused():
     model = build("mlp", SPEC, {}, 0).double()
     with torch.no_grad():

@@ -216,3 +216,14 @@ def test_where_two_records_lie_does_not_tell_whether_a_third_was_drawn():
     for rows in ([1, 2], [0, 1, 2], [1, 2, 3, 4, 5]):
         assert even_p(where(ours, np.array(rows)), room) > ALPHA
     assert even_p(where(packed, np.array([0, 1, 2])), room) < ALPHA
+
+
+@given(st.floats(0.01, 300), st.integers(1, 256), st.integers(1, 3_000))
+def test_a_page_has_a_public_length_also_where_more_are_drawn_than_there_are_places(
+    expected, largest, drawn
+):
+    one = pages(np.arange(1), expected, largest, OsSource())
+    many = pages(np.arange(drawn), expected, largest, OsSource())
+    assert {len(page) for page in many} == {len(one[0])}
+    assert len(many) % len(one) == 0
+    assert sorted(row for page in many for row in page if row != EMPTY) == list(range(drawn))
