@@ -34,7 +34,7 @@ from fedaccord import accord as accords
 from fedaccord import evidence
 from fedaccord.client import client_level, diary, train
 from fedaccord.client import evaluate as evaluation
-from fedaccord.client.site import Site, open_site, who
+from fedaccord.client.site import Site, home_of, open_site, who
 from fedaccord.errors import AccordError, BudgetError, LedgerError, PolicyError
 from fedaccord.fairness.counts import Counts
 from fedaccord.privacy.chain import Head, read_heads
@@ -47,9 +47,7 @@ log = logging.getLogger("fedaccord.site")
 Handler = Callable[[Message, Context], Message]
 
 NOT_COVERED = "not covered"
-MOST_HEADS = (
-    64  # of other sites that one entry keeps: anybody can sign heads with keys of their own
-)
+MOST_HEADS = 64  # of other sites in one entry: anybody can sign heads with keys of their own
 # What these say depends on accord, policy, ledger and disk alone, so it may travel.
 REFUSALS = (AccordError, BudgetError, LedgerError, PolicyError)
 
@@ -82,7 +80,8 @@ def answer(handler: Callable[[Site, Message], RecordDict]) -> Handler:
             finally:
                 site.ledger.close()
         except REFUSALS as refusal:
-            content = RecordDict({"config": ConfigRecord({"refused": str(refusal)})})
+            words = str(refusal).replace(f"{home_of(context)}/", "")  # where, is the site's affair
+            content = RecordDict({"config": ConfigRecord({"refused": words})})
             if name:
                 content.config_records["config"]["site"] = name
         except Exception as fault:

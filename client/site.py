@@ -132,6 +132,12 @@ def who(accord: Accord, context: Context) -> str:
     return name
 
 
+def home_of(context: Context) -> Path:
+    """Find the folder that holds the sites' folders on this machine."""
+    base = str(context.run_config.get("sites", ""))
+    return Path(base) if base else runs.home() / f"sites-of-run-{context.run_id}"
+
+
 def open_site(accord: Accord, name: str, context: Context) -> Site:
     """Open a site's folder, with its policy and its ledger.
 
@@ -141,8 +147,7 @@ def open_site(accord: Accord, name: str, context: Context) -> Site:
             be used.
     """
     torch.set_num_threads(THREADS)
-    base = str(context.run_config.get("sites", ""))
-    folder = (Path(base) if base else runs.home() / f"sites-of-run-{context.run_id}") / name
+    folder = home_of(context) / name
     try:
         # Only a simulated site, which nobody told who it is, gets a policy that suits the accord.
         told = "site" in context.node_config

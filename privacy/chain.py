@@ -244,10 +244,16 @@ class Chain:
 
         Each is proof that entries were written which this ledger does not hold: it was cut, an
         older copy was put back, or a clone of it is in use. Heads of other sites or keys are passed
-        over, so nobody without the key can stop a site.
+        over, so nobody without the key can stop a site. So are those up to the one that a LOST
+        entry names: since then epsilon is infinite, and nothing is under-counted any more.
         """
         mine = {*self.signers, self.key}
-        return [head for head in heads if head.key in mine and head.valid and not self.holds(head)]
+        lost = max((e["head"]["seq"] for e in self.entries if e["kind"] == "LOST"), default=0)
+        return [
+            head
+            for head in heads
+            if head.key in mine and head.seq > lost and head.valid and not self.holds(head)
+        ]
 
     def holds(self, head: Head) -> bool:
         """Tell whether the entry that a head names is in the ledger."""

@@ -231,11 +231,19 @@ class Ledger:
             pass
 
     def refuse(self, run: str, accord: str, rule: str, reason: str) -> None:
-        """Record that the site refused; the same refusal again is not written again."""
+        """Record that the site refused.
+
+        The same refusal of an accord is written once a day, so that nobody fills a ledger by asking
+        under ever new names of runs.
+        """
+        said = {"accord": accord, "rule": rule, "reason": reason}
         with self._log.transaction() as entries:
-            mine = [e for e in entries if e["run"] == run]
-            if not mine or (mine[-1]["kind"], mine[-1].get("reason")) != ("REFUSAL", reason):
-                self._log.append("REFUSAL", run, accord=accord, rule=rule, reason=reason)
+            today = self._log.today()
+            if not any(
+                e["kind"] == "REFUSAL" and e["time"][:10] == today and said.items() <= e.items()
+                for e in entries
+            ):
+                self._log.append("REFUSAL", run, **said)
 
     def intend(
         self, run: str, number: int, plan: Plan | None, accord: str, seen: Iterable[Head] = ()

@@ -105,6 +105,10 @@ class SignedLog:
         if len(self._chain) > known:
             self._keep_head()
 
+    def today(self) -> str:
+        """Tell the day as entries have it."""
+        return self._clock().isoformat()[:10]
+
     def append(self, kind: str, run: str, **what: Any) -> Entry:
         """Chain, sign and insert one entry inside a transaction."""
         if len(self._chain) and self._chain.key != self._key.public:

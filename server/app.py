@@ -55,7 +55,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = open_folder(str(context.run_config.get("run", "")), where, accord)
     about = {"run": folder.id, "engine": type(grid).__name__}
     folder.append(about | start_record(accord, task, model, student))
-    heads = Heads()
+    heads = Heads(accord.roster)
     places, out = admission.admit(grid, accord, folder.id, heads)
     for site, reason in sorted(out.items()):
         folder.append({"id": f"out/{site}", "kind": "out", "site": site, "reason": reason})

@@ -8,18 +8,21 @@ older copy of a ledger stops its site even before a coordinator that knows nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from fedaccord.evidence import canonical_json
 from fedaccord.privacy.chain import Head, read_heads
 
 SHOWN = 32  # heads in one request; where there are more sites they take turns
+KEYS = 4  # of one site that peers are believed to have seen; its own key always counts
 
 
 class Heads:
-    """The longest head that was heard of each site and key."""
+    """The longest head that was heard of each site of a roster, by key."""
 
-    def __init__(self) -> None:
+    def __init__(self, roster: Iterable[str]) -> None:
+        self._roster = set(roster)
         self._known: dict[tuple[str, str], Head] = {}
         self._asked: dict[tuple[str, str], Head] = {}  # what was known when a request last went out
         self._own: dict[tuple[str, str], Head] = {}  # what a site showed of itself
@@ -44,14 +47,17 @@ class Heads:
                 for known in (self._asked.get((site, key)), self._own.get((site, key))):
                     if known and head != known and head.seq <= known.seq:
                         return _went_back(head, known)
-            self._keep(head)
+            self._keep(head, own=True)
             self._own[site, head.key] = head
             self._keys[site] = head.key
         return ""
 
-    def _keep(self, head: Head) -> None:
+    def _keep(self, head: Head, own: bool = False) -> None:
+        """Keep a head that is longer than what was known; a peer cannot crowd others out."""
         known = self._known.get((head.site, head.key))
-        if known is None or head.seq > known.seq:
+        keys = sum(site == head.site for site, _ in self._known)
+        welcome = known is not None or own or (head.site in self._roster and keys < KEYS)
+        if welcome and (known is None or head.seq > known.seq):
             self._known[head.site, head.key] = head
 
     def show(self, number: int) -> str:

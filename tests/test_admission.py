@@ -235,7 +235,7 @@ def grid(folder: Path, **how: Any) -> tuple[engine.InProcessGrid, Accord]:
 def test_two_nodes_that_say_they_are_one_site_are_both_left_out(tmp_path: Path) -> None:
     both, accord = grid(tmp_path, private=False)
     both._contexts[engine.FIRST_NODE + 3].node_config["site"] = "hungary"
-    places, out = admission.admit(both, accord, "run", Heads())
+    places, out = admission.admit(both, accord, "run", Heads(SITES))
     assert [place.site for place in places] == ["cleveland", "switzerland"]
     assert out == {
         "hungary": "more than one node says that it is this site; stop the others",
@@ -246,7 +246,7 @@ def test_two_nodes_that_say_they_are_one_site_are_both_left_out(tmp_path: Path) 
 def test_a_site_that_holds_another_accord_stays_out(tmp_path: Path) -> None:
     carrier, accord = grid(tmp_path, private=False)
     other = accords.load(accord_file(tmp_path / "other", private=False, steps=5))
-    places, out = admission.admit(carrier, other, "run", Heads())
+    places, out = admission.admit(carrier, other, "run", Heads(SITES))
     assert places == []
     assert out["va"].startswith(f"site va holds another accord: its digest is {accord.digest[:12]}")
 
@@ -254,7 +254,7 @@ def test_a_site_that_holds_another_accord_stays_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("run", ["../escape", "/tmp/escape", "a/b", "", "..\\escape", "x" * 200])
 def test_a_site_refuses_a_run_whose_name_leads_out_of_its_folder(run: str, tmp_path: Path) -> None:
     carrier, accord = grid(tmp_path)
-    places, out = admission.admit(carrier, accord, run, Heads())
+    places, out = admission.admit(carrier, accord, run, Heads(SITES))
     assert places == []
     assert {reason.split("'")[-1] for reason in out.values()} == {
         " is no name of a folder. Give the run another name."
@@ -265,7 +265,7 @@ def test_a_site_refuses_a_run_whose_name_leads_out_of_its_folder(run: str, tmp_p
 def reserved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Accord, Record]:
     """An accord, and what site va's ledger says that it reserved for it."""
     carrier, accord = grid(tmp_path_factory.mktemp("reserved"))
-    places, _ = admission.admit(carrier, accord, "run", Heads())
+    places, _ = admission.admit(carrier, accord, "run", Heads(SITES))
     return accord, places[3].entry
 
 
@@ -311,7 +311,7 @@ def test_a_reservation_that_cannot_be_read_is_refused(
 def test_an_exception_in_a_handler_travels_as_one_fixed_line(tmp_path: Path) -> None:
     carrier, accord = grid(tmp_path)
     config = ConfigRecord({"run": "run", "accord": accord.digest})  # no round: the handler raises
-    admission.admit(carrier, accord, "run", Heads())
+    admission.admit(carrier, accord, "run", Heads(SITES))
     answers = admission.ask(
         carrier, carrier.get_node_ids(), "evaluate", RecordDict({"config": config}), 60.0
     )

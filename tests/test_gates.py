@@ -77,7 +77,7 @@ def coordinator(folder: Path) -> Coordinator:
         folder=RunFolder(folder / RUN),
         places=places,
         plans=dict.fromkeys(SITES),
-        heads=Heads(),
+        heads=Heads(SITES),
         model={name: value.copy() for name, value in BASE.items()},
         student=None,
         number=ROUND,

@@ -10,9 +10,10 @@ from fedaccord.errors import LedgerError
 from fedaccord.evidence import canonical_json
 from fedaccord.privacy.budget import Cap
 from fedaccord.privacy.chain import read_heads
+from fedaccord.privacy.keeping import accept
 from fedaccord.privacy.ledger import Ledger, Terms
 from fedaccord.privacy.plan import PrivacyPlan
-from fedaccord.server.heads import SHOWN, Heads
+from fedaccord.server.heads import KEYS, SHOWN, Heads
 
 PLAN = PrivacyPlan("ward", 100, 9, 1, 1.0, 40.0, 1.0, 1e-5)
 TERMS = Terms(Cap(9.0, 1e-5), "f" * 64)
@@ -92,7 +93,7 @@ def test_of_two_clones_that_both_go_on_each_is_stopped_by_the_others_head(tmp_pa
             assert ledger.witness([own]) == []
             with pytest.raises(LedgerError, match=r"It was cut, restored or cloned\. Stop"):
                 ledger.witness([others])
-    heads = Heads()
+    heads = Heads(["ward", "clinic"])
     assert heads.hear("ward", said(one)) == ""
     assert heads.hear("ward", said(other)) == ""  # it is longer: the site itself will tell
     assert "after it had shown entry 4" in heads.hear("ward", said(one))
@@ -105,7 +106,7 @@ def test_a_clone_of_the_same_length_is_named_by_the_coordinator(tmp_path):
         ledger.counts("b", 7)
         other = ledger.head()
     one = end(tmp_path / "ward")
-    heads = Heads()
+    heads = Heads(["ward", "clinic"])
     assert heads.hear("ward", said(one)) == heads.hear("ward", said(one)) == ""
     assert f"entry 3 ({other.hash[:12]})" in heads.hear("ward", said(other))
 
@@ -118,14 +119,14 @@ def test_a_copy_from_before_a_rotation_is_named_by_the_coordinator(tmp_path):
         ledger.rotate()
         ledger.counts("a", 1)
         newest = ledger.head()
-    heads = Heads()
+    heads = Heads(["ward", "clinic"])
     assert heads.hear("ward", said(newest)) == ""
     assert "after it had shown entry 5" in heads.hear("ward", said(end(tmp_path / "backup")))
 
 
 def test_peers_bring_what_they_hold_to_a_coordinator_that_knows_nothing(tmp_path):
     shown = end(tmp_path / "ward", notes=4)
-    heads = Heads()
+    heads = Heads(["ward", "clinic"])
     assert heads.hear("clinic", said(end(tmp_path / "clinic", "clinic"), shown)) == ""
     assert shown in read_heads(heads.show(1))
     assert heads.record().keys() == {"clinic"}  # what a site itself showed, not what peers say
@@ -134,7 +135,7 @@ def test_peers_bring_what_they_hold_to_a_coordinator_that_knows_nothing(tmp_path
 def test_a_peer_can_neither_speak_for_a_site_nor_make_up_its_head(tmp_path):
     ward, clinic = end(tmp_path / "ward", notes=3), end(tmp_path / "clinic", "clinic")
     longer = json.loads(said(ward)["head"]) | {"seq": 900}
-    heads = Heads()
+    heads = Heads(["ward", "clinic"])
     assert heads.hear("clinic", {"head": canonical_json(longer), "seen": "[]"}) == ""
     assert heads.hear("clinic", {"head": "nonsense", "seen": canonical_json([longer])}) == ""
     assert heads.hear("clinic", said(ward)) == ""  # another site's head is not its own
@@ -150,7 +151,7 @@ def test_a_peer_can_neither_speak_for_a_site_nor_make_up_its_head(tmp_path):
 def test_a_site_that_goes_on_in_another_run_while_it_is_asked_has_not_gone_back(tmp_path):
     reply = said(end(tmp_path / "ward"))
     later = end(tmp_path / "ward")  # in the other run, where the clinic is shown it
-    heads = Heads()
+    heads = Heads(["ward", "clinic"])
     assert heads.hear("clinic", said(end(tmp_path / "clinic", "clinic"), later)) == ""
     assert heads.hear("ward", reply) == ""
     assert later in read_heads(heads.show(1))  # from here on it was asked knowing that
@@ -158,7 +159,7 @@ def test_a_site_that_goes_on_in_another_run_while_it_is_asked_has_not_gone_back(
 
 
 def test_where_there_are_many_heads_each_is_shown_in_turn(tmp_path):
-    heads, all_of_them = Heads(), set()
+    heads, all_of_them = Heads([f"site-{n}" for n in range(SHOWN + 8)]), set()
     for number in range(SHOWN + 8):
         name = f"site-{number}"
         head = end(tmp_path / name, name, notes=0)
@@ -170,6 +171,36 @@ def test_where_there_are_many_heads_each_is_shown_in_turn(tmp_path):
 
 
 def test_a_reply_without_heads_says_nothing():
-    heads = Heads()
+    heads = Heads(["ward", "clinic"])
     assert heads.hear("ward", {}) == ""
     assert (heads.show(1), heads.record()) == ("[]", {})
+
+
+def test_a_peer_cannot_crowd_out_the_heads_of_others(tmp_path):
+    clinic, ward = end(tmp_path / "clinic", "clinic"), end(tmp_path / "ward")
+    strangers = [end(tmp_path / f"s{n}", f"s{n}", notes=0) for n in range(3)]
+    forged = [end(tmp_path / f"w{n}", "ward", notes=0) for n in range(20)]
+    heads = Heads(["ward", "clinic"])
+    heads.hear("clinic", said(clinic, *strangers, *forged))
+    shown = read_heads(heads.show(1))
+    assert {head.site for head in shown} == {"ward", "clinic"}
+    assert sum(head.site == "ward" for head in shown) == KEYS
+    heads.hear("ward", said(ward))
+    assert ward in read_heads(heads.show(1))
+
+
+def test_after_an_operator_wrote_entries_off_their_heads_no_longer_stop_the_site(tmp_path):
+    end(tmp_path / "ward")
+    copy(tmp_path, "backup")
+    gone = end(tmp_path / "ward", notes=3)
+    with opened(tmp_path / "backup") as ledger, pytest.raises(LedgerError, match="was cut"):
+        ledger.witness([gone])
+    place = tmp_path / "backup"
+    entry = accept(place / "ledger.sqlite", "ward", place / "head.json", [gone])
+    assert entry["kind"] == "LOST"
+    with opened(tmp_path / "backup") as ledger:
+        assert ledger.witness([gone]) == []
+        ledger.counts("a", 9)
+        later = ledger.head()
+    with opened(tmp_path / "ward") as ledger, pytest.raises(LedgerError, match="was cut"):
+        ledger.witness([later])

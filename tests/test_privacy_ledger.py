@@ -209,8 +209,11 @@ def test_the_same_refusal_again_is_not_written_again_and_another_is(ledger):
     assert kinds(ledger) == ["REFUSAL"]
     ledger.refuse("a", ACCORD, "expires", "The policy ended.")
     ledger.refuse("a", ACCORD, "expires", "The policy ended.")
-    ledger.refuse("b", ACCORD, "expires", "The policy ended.")
-    assert [e.get("rule") for e in ledger.entries()[1:]] == ["budget", "expires", "expires"]
+    ledger.refuse("b", ACCORD, "expires", "The policy ended.")  # nor under another run's name
+    assert [e.get("rule") for e in ledger.entries()[1:]] == ["budget", "expires"]
+    ledger.refuse("b", "e" * 64, "expires", "The policy ended.")
+    ledger.refuse("b", ACCORD, "expires", "The policy ended on Monday.")
+    assert [e.get("rule") for e in ledger.entries()[3:]] == ["expires", "expires"]
 
 
 def test_a_cap_that_is_not_a_number_refuses(ledger):

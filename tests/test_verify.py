@@ -164,7 +164,7 @@ def test_one_digit_changed_in_the_report_is_found_and_its_path_named(run: Path, 
     for place in rng.sample(digit_places(text), 15):
         path.write_text(other_digit(text, place, rng), encoding="utf-8")
         check = by_name(verify(run))["report.json"]
-        assert len(check.faults) == 1, (place, check.faults)
+        assert 1 <= len(check.faults) <= 2, (place, check.faults)  # two where a key's own digit
         key = re.findall(r'"(\w+)":', text[: text.index("\n", place)])[-1]
         assert f".{key}" in check.faults[0] or "cannot be checked" in check.faults[0]
 
