@@ -36,7 +36,7 @@ def _digest(text: str) -> str:
 
 def _name(text: str) -> str:
     if not text.strip():
-        raise ValueError('"" is empty. Fill it in, or leave the key out.')
+        raise ValueError(f"{toml(text)} is empty. Fill it in, or leave the key out.")
     return text
 
 

@@ -199,7 +199,8 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "tiny.toml").write_text(TINY)
-    said = one_line(*called("simulate", tmp_path / "tiny.toml", "--out", tmp_path / "file"))
+    out = tmp_path / "file" / "inside"
+    said = one_line(*called("simulate", tmp_path / "tiny.toml", "--out", out))
     assert "cannot be written: Not a directory. Name another folder." in said
 
 

@@ -196,7 +196,7 @@ def test_the_docs_have_every_key_with_the_value_that_holds_where_it_is_left_out(
         (CAP + "approved = 3", ["approved = 3 must be a list in [ ]."]),
         (CAP + 'approved = ["b67a"]', ['"b67a" is no digest of an accord']),
         (CAP + 'releases = ["losses"]', ['releases[number 1] = "losses" must be "weights" or']),
-        (CAP + 'models = [" "]', ["is no name. Remove it."]),
+        (CAP + 'models = [" "]', ['models[number 1]: " " is empty. Fill it in']),
         (CAP + 'hours = "8-17"', ['hours = "8-17" must be two different times of day']),
         (CAP + 'hours = "08:00-08:00"', ['hours = "08:00-08:00" must be two different']),
         (CAP + 'hours = "08:00-24:01"', ["must be two different times of day"]),

@@ -201,7 +201,7 @@ def test_repetitions_count_the_alarms_of_the_statistical_checks(monkeypatch):
 
 @pytest.mark.slow
 def test_clean_repetitions_of_the_statistical_checks_raise_no_alarm():
-    assert [name for names in suite.repeat(4) for name in names] == []
+    assert [name for names in suite.repeat(2) for name in names] == []
 
 
 @pytest.mark.soak
