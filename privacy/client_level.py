@@ -76,9 +76,9 @@ class ClientPlan:
         adaptive = (self.target_quantile, self.clipping_learning_rate, self.count_noise)
         count = self.count_noise
         for name, holds, bound in (
-            ("cohort", _whole(self.cohort, 1), "a whole number of at least 1"),
-            ("rounds", _whole(self.rounds, 1), "a whole number of at least 1"),
-            ("spare_rounds", _whole(self.spare_rounds, 0), "a whole number of 0 or more"),
+            ("cohort", whole(self.cohort, 1), "a whole number of at least 1"),
+            ("rounds", whole(self.rounds, 1), "a whole number of at least 1"),
+            ("spare_rounds", whole(self.spare_rounds, 0), "a whole number of 0 or more"),
             ("rounds", self.rounds > self.spare_rounds, "more than spare_rounds"),
             ("noise_multiplier", LEAST_NOISE <= self.noise_multiplier < math.inf, _LEAST),
             ("clipping_norm", 0 < self.clipping_norm < math.inf, "finite and above 0"),
@@ -197,7 +197,8 @@ class ClientPlan:
         )
 
 
-def _whole(value: object, least: int) -> bool:
+def whole(value: object, least: int) -> bool:
+    """Tell whether a value of a plan is a whole number of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

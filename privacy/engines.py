@@ -13,6 +13,7 @@ it does not depend on how many others there are. `privacy.sampling.pages` draws 
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -90,7 +91,7 @@ class Engine(Protocol):
         ...
 
 
-class _Engine:
+class _Engine(ABC):
     """What the two engines share: a pass over a page, and a model left clean after it."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
@@ -100,8 +101,9 @@ class _Engine:
         first = next(model.parameters())
         self._place: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
 
+    @abstractmethod
     def _hook(self, model: nn.Module) -> Any:
-        raise NotImplementedError
+        """Put Opacus' hooks on the model."""
 
     def _losses(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Run the model forwards; each record's loss, float64 (n,)."""
@@ -389,6 +391,6 @@ def make(engine: str, model: nn.Module, loss: Loss = cross_entropy) -> Engine:
     """
     try:
         return ENGINES[engine](model, loss)
-    except NotImplementedError as fault:
+    except NotImplementedError as fault:  # Opacus' word for a layer that it cannot take apart
         first = str(fault).splitlines()[0]
         raise AccordError(f"model: {first} Choose a model without it.") from None

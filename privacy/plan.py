@@ -13,7 +13,7 @@ from fedaccord import evidence
 from fedaccord.accord import Accord
 from fedaccord.errors import AccordError
 from fedaccord.privacy import accounting, noise, sampling
-from fedaccord.privacy.client_level import ClientPlan, client_plan
+from fedaccord.privacy.client_level import ClientPlan, client_plan, whole
 
 # Rounding lets one subject move a step's sum by a little more than max_grad_norm; the noise is
 # scaled to cover it. By precision of the gradients; sums are always in float64. Measured by
@@ -69,8 +69,8 @@ class PrivacyPlan:
             ValueError: a value out of its bounds; NaN and infinity are out of all bounds.
         """
         for name in ("subjects", "rounds", "steps"):
-            self._must(name, _whole(getattr(self, name), 1), "a whole number of at least 1")
-        spare = _whole(self.spare_rounds, 0) and self.spare_rounds < self.rounds
+            self._must(name, whole(getattr(self, name), 1), "a whole number of at least 1")
+        spare = whole(self.spare_rounds, 0) and self.spare_rounds < self.rounds
         self._must("spare_rounds", spare, f"a whole number below rounds = {self.rounds}")
         self._must("sampling_prob", 0 < self.sampling_prob <= 1, "in (0, 1]")
         sigma = LEAST_NOISE <= self.noise_multiplier < math.inf
@@ -166,10 +166,6 @@ class PrivacyPlan:
             f"+{self.spare_rounds} rounds x {self.steps} steps, Poisson q={self.sampling_prob:g}, "
             f"noise multiplier {self.noise_multiplier:g}"
         )
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _calibrated(target: float, delta: float, q: float, steps: int) -> float:
