@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from fedaccord import __version__, cli_conformance, cli_ledger, cli_plan, cli_site
@@ -168,7 +169,20 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as help_text:
+        print(help_text.format_message())
+        sys.exit(2)
+    except click.ClickException as error:  # a mistyped option or command
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        print(
+            f"fedaccord: {error.format_message()} See `{where or 'fedaccord'} --help`.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except click.Abort:
+        print("fedaccord: stopped; nothing was changed.", file=sys.stderr)
+        sys.exit(1)
     except FedAccordError as error:
         print(f"fedaccord: {error}", file=sys.stderr)
         sys.exit(2)

@@ -302,3 +302,8 @@ def test_a_run_that_is_not_on_a_terminal_says_a_line_a_round(tmp_path: Path) -> 
     assert [line.split(":")[0] for line in lines[:2]] == ["round 1", "round 2"]
     assert "Stopped  rounds done: 2 of 2" in lines
     assert done.stderr == ""
+
+
+def test_a_mistyped_option_is_one_line_that_names_the_nearest() -> None:
+    said = one_line(*command("simulate", "heart", "--sitez", "x"))
+    assert "No such option '--sitez'. Did you mean '--sites'?" in said
