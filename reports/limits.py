@@ -22,7 +22,10 @@ ABOUT_LEDGER = (
     "the whole ledger, for this evidence: plans, rounds, hashes and times of this and of all "
     "earlier runs at the site; no record, no count"
 )
-ABOUT_ANSWER = "that the site joins, and what it reserves: from accord, policy and ledger alone"
+ABOUT_ANSWER = (
+    "that the site joins, and what it reserves: from accord, policy and ledger alone. Each reply "
+    "also carries the signed end of the site's ledger"
+)
 NO_RECORDS = "nothing in it is computed from records; the times in it are not covered"
 
 
@@ -139,8 +142,8 @@ _ALWAYS = [
     "the last hash elsewhere. Which key is whose is not fixed by the accord: a site that starts "
     "anew with another key is not told from one that was never here.",
     "Timing: when a site answers, how long it takes and that it falls silent are not covered.",
-    "A site that sends wrong weights or wrong counts on purpose: only their form and the length of "
-    "an update are checked.",
+    "A site that sends wrong weights or wrong counts on purpose: only their form is checked, and "
+    "the length of an update is held to a bound.",
     "Intervals cover chance in who was evaluated. They do not cover wrong labels, other hospitals, "
     "or that the same subjects were looked at after every round.",
 ]

@@ -5,36 +5,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from wards import Silent, Watched
 
 from fedaccord.accord import TrainingSection
 from fedaccord.client import train
 from fedaccord.client.columns import usable, whole
 from fedaccord.models.build import build
-from fedaccord.privacy.plan import PrivacyPlan
 from fedaccord.tasks import Records, TaskSpec
 
 torch.set_num_threads(1)
 SPEC = TaskSpec("ward", ("a", "b", "c", "d"), ("healthy", "ill"), {}, "made for tests")
-
-
-class Silent:
-    """A source that draws everybody's first record and no noise."""
-
-    def uniform(self, count):
-        return np.zeros(count)
-
-    def normal(self, count):
-        return np.zeros(count)
-
-
-class Watched(PrivacyPlan):
-    """A plan that notes the sum that it is given to release; its grid is as good as none."""
-
-    grid = 2.0**-60
-
-    def release(self, total, source):
-        self.__dict__["total"] = total.copy()
-        return super().release(total, source)
 
 
 def columns(n=30):

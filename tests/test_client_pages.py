@@ -1,66 +1,16 @@
 """A private round's passes: of public shape, the same under every engine, and not in vain."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
+from wards import SPEC, STEP, WIDTH, Silent, flat, plan, some
 
 from fedaccord.accord import TrainingSection
 from fedaccord.client import train
 from fedaccord.errors import AccordError
 from fedaccord.models.build import build
-from fedaccord.privacy.plan import PrivacyPlan
-from fedaccord.tasks import Records, TaskSpec
 
 torch.set_num_threads(1)
-
-WIDTH = 13
-SPEC = TaskSpec("ward", tuple(f"f{i}" for i in range(WIDTH)), ("a", "b"), {}, "made for tests")
-STEP = TrainingSection(steps=1, learning_rate=1.0)
-
-
-class Silent:
-    """A source that draws everybody's first record and no noise."""
-
-    def uniform(self, count):
-        return np.zeros(count)
-
-    def normal(self, count):
-        return np.zeros(count)
-
-
-class Watched(PrivacyPlan):
-    """A plan that notes the sums that it is given to release; its grid is as good as none."""
-
-    grid = 2.0**-60
-
-    def release(self, total, source):
-        object.__setattr__(self, "total", self.__dict__.get("total", 0) + total)
-        return super().release(total, source)
-
-
-def plan(**change):
-    declared = {
-        "site": "ward",
-        "subjects": 40,
-        "rounds": 1,
-        "steps": 1,
-        "sampling_prob": 1.0,
-        "noise_multiplier": 1.0,
-        "max_grad_norm": 1.0,
-        "delta": 1e-5,
-    }
-    return Watched(**declared | change)
-
-
-def some(n, seed=0):
-    rng = np.random.default_rng(seed)
-    inputs = rng.uniform(-1, 1, (n, WIDTH)).astype(np.float32)
-    return Records(inputs, rng.integers(0, 2, n), np.arange(n), {})
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten().double().clone() for p in model.parameters()])
 
 
 def step_sum(model, data, engine="hooks", precision="float64"):

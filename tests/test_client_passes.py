@@ -7,6 +7,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import nn
+from wards import Silent, Watched
 
 from fedaccord import accord as accords
 from fedaccord.accord import TrainingSection
@@ -17,7 +18,6 @@ from fedaccord.privacy import engines
 from fedaccord.privacy.chain import Head, stamp
 from fedaccord.privacy.keys import create
 from fedaccord.privacy.ledger import Ledger
-from fedaccord.privacy.plan import PrivacyPlan
 from fedaccord.privacy.probe import probe
 from fedaccord.simulations.engine import InProcessGrid
 from fedaccord.simulations.heart import Heart
@@ -25,26 +25,6 @@ from fedaccord.tasks import Records
 
 torch.set_num_threads(1)
 ENGINES = ("hooks", "ghost")
-
-
-class Silent:
-    """A source that draws everybody's first record and no noise."""
-
-    def uniform(self, count):
-        return np.zeros(count)
-
-    def normal(self, count):
-        return np.zeros(count)
-
-
-class Watched(PrivacyPlan):
-    """A plan that notes the sums that it is given to release; its grid is as good as none."""
-
-    grid = 2.0**-60
-
-    def release(self, total, source):
-        self.__dict__.setdefault("totals", []).append(total.copy())
-        return super().release(total, source)
 
 
 def plan(steps=1):

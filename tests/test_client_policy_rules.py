@@ -12,6 +12,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wards import small_accord
 
 from fedaccord import accord as accords
 from fedaccord.client import policy, policy_file
@@ -19,17 +20,7 @@ from fedaccord.client.policy_rules import KINDS, RULES
 from fedaccord.errors import AccordError, PolicyError
 
 SITE = "cleveland"
-ACCORD: dict[str, Any] = {
-    "name": "small",
-    "purpose": "to be tested",
-    "task": {"name": "heart"},
-    "sites": [{"name": SITE, "subjects": 200, "records": 260}],
-    "model": {"name": "cnn1d"},
-    "rounds": {"rounds": 3},
-    "training": {"steps": 2, "learning_rate": 0.5},
-    "privacy": {"noise_multiplier": 3.0, "sampling_prob": 0.1, "delta": 1e-5},
-    "fairness": {"attributes": ["sex"], "min_group": 10},
-}
+ACCORD: dict[str, Any] = small_accord()
 ZONES = ["UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Pacific/Auckland"]
 OTHER = "ab" * 32
 DAY = 24 * 60

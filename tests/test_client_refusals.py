@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tomlkit
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from wards import small_accord
 
 from fedaccord import accord as accords
 from fedaccord.client import policy, policy_file
@@ -19,17 +20,7 @@ from fedaccord.simulations.engine import InProcessGrid
 from fedaccord.simulations.heart import Heart
 
 SITE = "cleveland"
-ACCORD: dict[str, Any] = {
-    "name": "small",
-    "purpose": "to be tested",
-    "task": {"name": "heart"},
-    "sites": [{"name": SITE, "subjects": 200, "records": 260}],
-    "model": {"name": "cnn1d"},
-    "rounds": {"rounds": 3},
-    "training": {"steps": 2, "learning_rate": 0.5},
-    "privacy": {"noise_multiplier": 3.0, "sampling_prob": 0.1, "delta": 1e-5},
-    "fairness": {"attributes": ["sex"], "min_group": 10},
-}
+ACCORD: dict[str, Any] = small_accord()
 PLAIN = ("max_epsilon", "accords")  # rules that refuse training without privacy
 
 STRICTER: dict[str, dict[str, Any]] = {

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from wards import Silent
 
 from fedaccord import accord as accords
 from fedaccord.client import app, policy
@@ -75,16 +76,6 @@ class Ward:
 
     def public(self, rows, seed):
         return Heart().public(rows, seed)
-
-
-class Silent:
-    """A source that draws everybody's first record and no noise."""
-
-    def uniform(self, count):
-        return np.zeros(count)
-
-    def normal(self, count):
-        return np.zeros(count)
 
 
 def some(n=30, seed=0):
@@ -284,6 +275,7 @@ def test_unreadable_records_make_a_round_of_noise_alone(tmp_path, caplog):
 CHILD = """
 import importlib.util, os, signal, sys, time
 from pathlib import Path
+sys.path.insert(0, os.path.dirname(sys.argv[1]))  # for wards.py
 spec = importlib.util.spec_from_file_location("rounds_of_a_site", sys.argv[1])
 these = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(these)

@@ -3,62 +3,29 @@
 import numpy as np
 import pytest
 import torch
+import wards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.nn import functional
+from wards import SPEC, STEP, WIDTH, Silent, flat, some
 
-from fedaccord.accord import TrainingSection
 from fedaccord.client import train
 from fedaccord.errors import AccordError
 from fedaccord.models.build import build
 from fedaccord.privacy.clipping import clipped_sum
-from fedaccord.privacy.plan import PrivacyPlan
-from fedaccord.tasks import Records, TaskSpec
+from fedaccord.tasks import Records
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 torch.set_num_threads(1)  # as a site does
 
-WIDTH = 13  # odd, so that rows of a batch lie differently in memory
-SPEC = TaskSpec("ward", tuple(f"f{i}" for i in range(WIDTH)), ("a", "b"), {}, "made for tests")
 MODELS = ["cnn1d", "mlp"]
-STEP = TrainingSection(steps=1, learning_rate=1.0)
-
-
-class Silent:
-    """A source that draws everybody's first record and no noise."""
-
-    def uniform(self, count):
-        return np.zeros(count)
-
-    def normal(self, count):
-        return np.zeros(count)
-
-
-class Watched(PrivacyPlan):
-    """A plan that notes the sums that it is given to release; its grid is as good as none."""
-
-    grid = 2.0**-60
-
-    def release(self, total, source):
-        object.__setattr__(self, "total", self.__dict__.get("total", 0) + total)
-        return super().release(total, source)
 
 
 def plan(**change):
-    declared = {
-        "site": "ward",
-        "subjects": 1,
-        "rounds": 1,
-        "steps": 1,
-        "sampling_prob": 1.0,
-        "noise_multiplier": 1.0,  # Silent makes none of it
-        "max_grad_norm": 1.0,
-        "delta": 1e-5,
-    }
-    return Watched(**declared | change)
+    return wards.plan(**{"subjects": 1} | change)
 
 
 def records(inputs, labels):
@@ -67,17 +34,8 @@ def records(inputs, labels):
     return Records(inputs, np.asarray(labels, np.int64), np.arange(n), {})
 
 
-def some(n, seed=0):
-    rng = np.random.default_rng(seed)
-    return records(rng.uniform(-1, 1, (n, WIDTH)), rng.integers(0, 2, n))
-
-
 def without(data, row):
     return records(np.delete(data.inputs, row, axis=0), np.delete(data.labels, row))
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten().double().clone() for p in model.parameters()])
 
 
 def step_sum(model, data, engine="hooks", precision="float64", **change):

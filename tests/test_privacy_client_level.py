@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import stats
+from wards import Silent
 
 from fedaccord.errors import AccordError
 from fedaccord.privacy.client_level import ROUNDING, ClientPlan, clip, clipped_sum, release
@@ -28,16 +29,6 @@ PLAN = ClientPlan("a", 200, 20, 2, 2.0, 1.0, 1e-5)
 ADAPTIVE = ClientPlan(
     "a", 200, 20, 2, 2.0, 1.0, 1e-5, 0.5, clipping_learning_rate=0.2, count_noise=10.0
 )
-
-
-class Silent:
-    """Draws without noise, so that a test sees what the noise is added to."""
-
-    def uniform(self, count: int) -> np.ndarray:
-        return np.zeros(count)
-
-    def normal(self, count: int) -> np.ndarray:
-        return np.zeros(count)
 
 
 # --- the sum ------------------------------------------------------------------------------------

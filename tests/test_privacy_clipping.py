@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from wards import Silent
 
 from fedaccord.privacy import engines
 from fedaccord.privacy.clipping import SubjectOptimizer, clipped_sum, factors
@@ -47,16 +48,6 @@ def gradients(draw):
 def total(rows, bound):
     """The clipped sum of rows as two parameters of shapes (2,) and (3, 1)."""
     return clipped_sum([rows[:, :2], rows[:, 2:].reshape(len(rows), 3, 1)], bound)
-
-
-class Silent:
-    """A source without noise."""
-
-    def uniform(self, count):
-        return np.zeros(count)
-
-    def normal(self, count):
-        return np.zeros(count)
 
 
 # A byte stands for a number, which is quicker to draw: the special ones and a spread of others.

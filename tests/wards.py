@@ -1,0 +1,75 @@
+"""What tests of a site share: a made-up task, a source without noise, a plan that watches."""
+
+import numpy as np
+import torch
+
+from fedaccord.accord import TrainingSection
+from fedaccord.privacy.plan import PrivacyPlan
+from fedaccord.tasks import Records, TaskSpec
+
+WIDTH = 13  # odd, so that rows of a batch lie differently in memory
+SPEC = TaskSpec("ward", tuple(f"f{i}" for i in range(WIDTH)), ("a", "b"), {}, "made for tests")
+STEP = TrainingSection(steps=1, learning_rate=1.0)
+
+
+class Silent:
+    """A source that draws everybody's first record and no noise."""
+
+    def uniform(self, count):
+        return np.zeros(count)
+
+    def normal(self, count):
+        return np.zeros(count)
+
+
+class Watched(PrivacyPlan):
+    """A plan that notes the sums that it is given to release; its grid is as good as none."""
+
+    grid = 2.0**-60
+
+    def release(self, total, source):
+        self.__dict__.setdefault("totals", []).append(total.copy())
+        return super().release(total, source)
+
+    @property
+    def total(self):
+        return sum(self.totals)
+
+
+def plan(**change):
+    declared = {
+        "site": "ward",
+        "subjects": 40,
+        "rounds": 1,
+        "steps": 1,
+        "sampling_prob": 1.0,
+        "noise_multiplier": 1.0,  # Silent makes none of it
+        "max_grad_norm": 1.0,
+        "delta": 1e-5,
+    }
+    return Watched(**declared | change)
+
+
+def some(n, seed=0):
+    rng = np.random.default_rng(seed)
+    inputs = rng.uniform(-1, 1, (n, WIDTH)).astype(np.float32)
+    return Records(inputs, rng.integers(0, 2, n), np.arange(n), {})
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten().double().clone() for p in model.parameters()])
+
+
+def small_accord():
+    """An accord of one site, as a dict that a test may change."""
+    return {
+        "name": "small",
+        "purpose": "to be tested",
+        "task": {"name": "heart"},
+        "sites": [{"name": "cleveland", "subjects": 200, "records": 260}],
+        "model": {"name": "cnn1d"},
+        "rounds": {"rounds": 3},
+        "training": {"steps": 2, "learning_rate": 0.5},
+        "privacy": {"noise_multiplier": 3.0, "sampling_prob": 0.1, "delta": 1e-5},
+        "fairness": {"attributes": ["sex"], "min_group": 10},
+    }
