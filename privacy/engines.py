@@ -28,6 +28,8 @@ from fedaccord.errors import AccordError
 from fedaccord.privacy.clipping import clipped_sum, factors
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Page = tuple[torch.Tensor, torch.Tensor]  # inputs and labels, a row a place
+Keep = torch.Tensor | None  # bool (n,): which rows hold a record; None: all
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 ROUGHNESS = 2.0**-20  # of ghost norms: below this share of what was summed, a norm is rounding
 
@@ -105,6 +107,36 @@ class _Engine(ABC):
     def _hook(self, model: nn.Module) -> Any:
         """Put Opacus' hooks on the model."""
 
+    @abstractmethod
+    def _page_norms(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Each record's norm on a page, float64 (n,)."""
+
+    @abstractmethod
+    def _page_sum(self, page: Page, max_grad_norm: float, keep: Keep) -> torch.Tensor:
+        """Sum a page's clipped gradients, float64 (d,); rows that are not kept are empty."""
+
+    def norms(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """See `Engine.norms`."""
+        try:
+            return self._page_norms(inputs, labels).cpu()
+        finally:
+            self._forget()
+
+    def clipped_sum(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        max_grad_norm: float,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Engine.clipped_sum`."""
+        if len(inputs) == 0:
+            return self._zeros()
+        try:
+            return self._page_sum(_rows(inputs, labels, keep), max_grad_norm, keep).cpu()
+        finally:
+            self._forget()
+
     def _losses(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Run the model forwards; each record's loss, float64 (n,)."""
         place = self._place if inputs.is_floating_point() else {"device": self._place["device"]}
@@ -168,29 +200,12 @@ class HooksEngine(_Engine):
             found.append(made)
         return found
 
-    def norms(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """See `Engine.norms`."""
-        try:
-            rows = [g.flatten(1).double() for g in self._gradients(inputs, labels)]
-            return torch.linalg.vector_norm(torch.cat(rows, dim=1), dim=1).cpu()
-        finally:
-            self._forget()
+    def _page_norms(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows = [g.flatten(1).double() for g in self._gradients(inputs, labels)]
+        return torch.linalg.vector_norm(torch.cat(rows, dim=1), dim=1)
 
-    def clipped_sum(
-        self,
-        inputs: torch.Tensor,
-        labels: torch.Tensor,
-        max_grad_norm: float,
-        keep: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Engine.clipped_sum`."""
-        if len(inputs) == 0:
-            return self._zeros()
-        try:
-            gradients = self._gradients(*_rows(inputs, labels, keep))
-            return clipped_sum(gradients, max_grad_norm, keep).cpu()
-        finally:
-            self._forget()
+    def _page_sum(self, page: Page, max_grad_norm: float, keep: Keep) -> torch.Tensor:
+        return clipped_sum(self._gradients(*page), max_grad_norm, keep)
 
 
 class GhostEngine(_Engine):
@@ -219,27 +234,13 @@ class GhostEngine(_Engine):
                 squares += made.square()
         return squares.sqrt().detach()
 
-    def norms(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """See `Engine.norms`."""
-        try:
-            return self._norms(self._losses(inputs, labels), graph=False).cpu()
-        finally:
-            self._forget()
+    def _page_norms(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self._norms(self._losses(inputs, labels), graph=False)
 
-    def clipped_sum(
-        self,
-        inputs: torch.Tensor,
-        labels: torch.Tensor,
-        max_grad_norm: float,
-        keep: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Engine.clipped_sum`."""
-        if len(inputs) == 0:
-            return self._zeros()
+    def _page_sum(self, page: Page, max_grad_norm: float, keep: Keep) -> torch.Tensor:
         try:
-            inputs, labels = _rows(inputs, labels, keep)
             masks = _generators(self._place["device"])
-            losses = self._losses(inputs, labels)
+            losses = self._losses(*page)
             norms = self._norms(losses, graph=True)
             weights = factors(norms, max_grad_norm, keep)
             known = [p for p in self._trained.values() if "_norm_sample" in vars(p)]
@@ -248,13 +249,11 @@ class GhostEngine(_Engine):
                 # Left in, such a row would turn the others into NaN (0 * inf). The second run has
                 # the first one's dropout masks, or its gradients would not have these norms.
                 masks()
-                inputs, labels = _rows(inputs, labels, torch.isfinite(norms).cpu())
-                losses = self._losses(inputs, labels)
+                losses = self._losses(*_rows(*page, torch.isfinite(norms).cpu()))
             made = torch.autograd.grad((weights * losses).sum(), known, allow_unused=True)
             return self._laid_out(known, made)
         finally:
             self._hooked.enable_hooks()
-            self._forget()
 
     def _laid_out(self, known: Sequence[nn.Parameter], made: Any) -> torch.Tensor:
         """Put gradients one after another; zero for a parameter whose norms nobody bounded."""
