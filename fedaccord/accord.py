@@ -93,6 +93,18 @@ class ModelSection(Section):
 
     name: ModelName
     options: Options = {}
+    pretrained: str | None = Field(default=None, min_length=1, max_length=500)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _weights_by_hash(self) -> ModelSection:
+        if (self.pretrained is None) != (self.sha256 is None):
+            given, other = ("pretrained", "sha256")[:: 1 if self.sha256 is None else -1]
+            raise Fault(
+                f"model.{given} is given without model.{other}: pretrained weights are named by "
+                f"both. Give model.{other}, or leave both out."
+            )
+        return self
 
 
 class RoundsSection(Section):
@@ -110,6 +122,7 @@ class TrainingSection(Section):
     """[training]: what a site does in a round."""
 
     steps: int = Field(ge=1, le=100_000)
+    optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: float = Field(gt=0, le=1_000)
     momentum: float = Field(default=0.0, ge=0, lt=1)
 
@@ -131,8 +144,9 @@ class PrivacySection(Section):
     max_epsilon: float = Field(default=10.0, gt=0, le=100)
     sampling_prob: float = Field(gt=0, le=1)
     max_grad_norm: float = Field(default=1.0, ge=1e-9, le=1e6)
-    engine: Literal["hooks", "ghost"] = "hooks"
+    engine: Literal["auto", "bookkeeping", "ghost", "hooks"] = "auto"
     precision: Literal["float64", "float32", "bfloat16"] = "float64"
+    page_rows: int = Field(default=256, ge=1, le=65_536)
     unit: Literal["subject", "client"] = "subject"
     clipping_norm: float | None = Field(default=None, ge=1e-9, le=1e6)
     target_quantile: float | None = Field(default=None, gt=0, lt=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,9 @@ import numpy.typing as npt
 from fedaccord import registry
 from fedaccord.accord import Accord
 from fedaccord.errors import AccordError
+
+
+Inputs = npt.NDArray[np.float32] | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,12 @@ class TaskSpec:
         classes: names of the label's values, by index.
         attributes: each sensitive attribute with the names of its groups, by index.
         source: where the records come from, under which licence, and whom to cite.
+        shape: of one record's inputs: (features,) of a row, (channels, height, width) of an image,
+            (positions,) of a text; (number of features,) by default.
+        vocabulary: above 0, inputs are whole numbers (tokens) below it, int64, and 0 fills places
+            that hold no token; 0: inputs are float32.
+        sequence: (steps, channels) where the first steps x channels features of a row are the same
+            channels measured at each step in time (all channels of the first step first).
     """
 
     name: str
@@ -31,6 +40,18 @@ class TaskSpec:
     classes: tuple[str, ...]
     attributes: Mapping[str, tuple[str, ...]]
     source: str
+    shape: tuple[int, ...] = ()
+    vocabulary: int = 0
+    sequence: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Fill the shape of a row in."""
+        if not self.shape:
+            object.__setattr__(self, "shape", (len(self.features),))
+
+    def blank(self, rows: int) -> Inputs:
+        """Make inputs of zeros, (rows, *shape), of the task's dtype."""
+        return np.zeros((rows, *self.shape), np.int64 if self.vocabulary else np.float32)
 
 
 @dataclass(frozen=True)
@@ -38,13 +59,13 @@ class Records:
     """Records of a site; row i of every array is the same record.
 
     Attributes:
-        inputs: float32 (n, features), inside the task's declared bounds.
+        inputs: (n, *shape), float32 inside the task's declared bounds, or int64 tokens.
         labels: int64 (n,), index of a class.
         subjects: int64 (n,), whose record it is; one subject may have many.
         groups: for each sensitive attribute int64 (n,), index of a group.
     """
 
-    inputs: npt.NDArray[np.float32]
+    inputs: Inputs
     labels: npt.NDArray[np.int64]
     subjects: npt.NDArray[np.int64]
     groups: Mapping[str, npt.NDArray[np.int64]]
@@ -72,8 +93,17 @@ class Task(Protocol):
         """Read a site's private records (at that site only)."""
         ...
 
-    def public(self, rows: int, seed: int) -> npt.NDArray[np.float32]:
-        """Draw proxy inputs (rows, features) from what is public; no private record is in them."""
+    def public(self, rows: int, seed: int) -> Inputs:
+        """Draw proxy inputs (rows, *shape) from what is public; no private record is in them."""
+        ...
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A task with public records whose labels are public too: a model can be pre-trained there."""
+
+    def labelled(self) -> tuple[Inputs, npt.NDArray[np.int64]]:
+        """Read public inputs (n, *shape) and labels (n,); no private record is among them."""
         ...
 
 

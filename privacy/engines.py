@@ -372,6 +372,7 @@ class _GhostModule(GradSampleModuleFastGradientClipping):  # type: ignore[misc]
 
 
 ENGINES: dict[str, type[HooksEngine] | type[GhostEngine]] = {
+    "auto": HooksEngine,
     "hooks": HooksEngine,
     "ghost": GhostEngine,
 }

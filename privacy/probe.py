@@ -33,7 +33,7 @@ def synthetic(task: Task, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw the records that a probe needs from what is public about a task.
 
     Returns:
-        Inputs (ROWS, features) and labels int64 (ROWS,), every class in turn.
+        Inputs (ROWS, ...) and labels int64 (ROWS,), every class in turn.
     """
     labels = torch.arange(ROWS) % len(task.spec.classes)
     return torch.from_numpy(task.public(ROWS, seed)), labels

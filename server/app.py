@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -125,15 +126,15 @@ def fitting(name: str, options: accords.Options, task: Task, seed: int) -> torch
     try:
         model = build(name, spec, options, seed)
         with torch.no_grad():
-            logits = model.eval()(torch.zeros(2, len(spec.features)))
+            logits = model.eval()(torch.from_numpy(spec.blank(2)))
         model.train()
     except AccordError:
         raise
     except Exception as fault:  # whatever the model's code raises for such options
         first = (str(fault) or type(fault).__name__).splitlines()[0]
         raise AccordError(
-            f'model "{name}" with options {options} does not take the {len(spec.features)} inputs '
-            f"of task {spec.name}: {first}. Change its options."
+            f'model "{name}" with options {options} does not take inputs of shape '
+            f"{list(spec.shape)} of task {spec.name}: {first}. Change its options."
         ) from None
     if tuple(logits.shape) != (2, len(spec.classes)):
         raise AccordError(
@@ -159,7 +160,7 @@ def start_record(
         "task": {
             "name": task.spec.name,
             "source": task.spec.source,
-            "inputs": len(task.spec.features),
+            "inputs": math.prod(task.spec.shape),
             "classes": list(task.spec.classes),
             "groups": {k: list(v) for k, v in task.spec.attributes.items()},
         },
@@ -204,8 +205,8 @@ def finish(coordinator: Coordinator, reason: str) -> None:
     if student is not None:
         weights = checkpoint.weights_of(student)
         folder.write("student.safetensors", checkpoint.weights_bytes(weights))
-        inputs = len(coordinator.task.spec.features)
-        folder.write("student.onnx", distillation.to_onnx(student, inputs))
+        blank = torch.from_numpy(coordinator.task.spec.blank(2))
+        folder.write("student.onnx", distillation.to_onnx(student, blank))
     ledgers = admission.collect_ledgers(
         coordinator.grid, coordinator.places, coordinator.accord, folder.id
     )

@@ -19,7 +19,7 @@ def teach(teacher: nn.Module, weights: list[Weights], proxy: torch.Tensor) -> to
     Args:
         teacher: a model of the global architecture; its weights are overwritten.
         weights: one set per accepted site; each was released under its site's plan.
-        proxy: float32 (n, features), public.
+        proxy: public inputs (n, ...).
 
     Returns:
         float32 (n, classes), rows sum to 1.
@@ -46,7 +46,7 @@ def distil(
 
     Args:
         student: the compact model.
-        proxy: float32 (n, features), public.
+        proxy: public inputs (n, ...).
         targets: float32 (n, classes), the teachers' probabilities.
         settings: steps, batch size, learning rate.
         seed: of the order in which the proxy set is read.
@@ -73,12 +73,12 @@ def distil(
     return before, divergence()
 
 
-def to_onnx(student: nn.Module, inputs: int) -> bytes:
-    """Export the student for whoever deploys it: float32 "inputs" (batch, n) to "logits".
+def to_onnx(student: nn.Module, blank: torch.Tensor) -> bytes:
+    """Export the student for whoever deploys it: "inputs" (batch, ...) to "logits".
 
     Args:
         student: the compact model.
-        inputs: number of inputs n.
+        blank: inputs of the task's shape and dtype, (2, ...).
 
     Returns:
         An ONNX file's bytes, the batch size left open.
@@ -87,7 +87,7 @@ def to_onnx(student: nn.Module, inputs: int) -> bytes:
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         program = torch.onnx.export(
             student.eval(),
-            (torch.zeros(2, inputs),),
+            (blank,),
             input_names=["inputs"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
