@@ -9,15 +9,13 @@ import torch
 from torch import nn
 
 from fedaccord.fairness import counts
-from fedaccord.tasks import Records, TaskSpec
+from fedaccord.tasks import Inputs, Records, TaskSpec
 
 BATCH = 1024
 
 
-def predict(
-    model: nn.Module, inputs: np.ndarray[tuple[int, int], np.dtype[np.float32]]
-) -> counts.Counts:
-    """Predict the class of each row: float32 (n, features) to int64 (n,)."""
+def predict(model: nn.Module, inputs: Inputs) -> counts.Counts:
+    """Predict the class of each record: (n, *shape) to int64 (n,)."""
     model.eval()
     parts = [np.zeros(0, np.int64)]
     with torch.no_grad():

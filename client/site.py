@@ -10,17 +10,18 @@ import torch
 from flwr.app import ArrayRecord, Context
 from torch import nn
 
+from fedaccord import accord as accords
 from fedaccord import runs
 from fedaccord.accord import Accord
 from fedaccord.client import policy, train
 from fedaccord.errors import AccordError, LedgerError, PolicyError
-from fedaccord.models.build import build, parameter_count
+from fedaccord.models.build import agreed, build, parameter_count
 from fedaccord.privacy.engines import cross_entropy
 from fedaccord.privacy.ledger import Ledger, Terms
 from fedaccord.privacy.plan import Plan, PrivacyPlan, plan_for
 from fedaccord.privacy.probe import probe, synthetic
 from fedaccord.strategies.client_level import refuse_state
-from fedaccord.tasks import Task, load_task
+from fedaccord.tasks import Task, task_of
 
 # Small models are faster on one thread, and results do not depend on how many cores there are.
 THREADS = 1
@@ -55,9 +56,11 @@ class Site:
 
     def model(self, section: str, weights: ArrayRecord) -> nn.Module:
         """Build the global model or the student and load the weights that came with a message."""
-        which = self.accord.model if section == "model" else self.accord.distillation
-        name = which.name if section == "model" else which.model  # type: ignore[union-attr]
-        model = build(name, self.task.spec, which.options, self.accord.seed)
+        if section == "model":
+            model = _fresh(self)
+        else:
+            student = self.accord.distillation
+            model = build(student.model, self.task.spec, student.options, self.accord.seed)
         model.load_state_dict(weights.to_torch_state_dict(), strict=True)
         return model
 
@@ -93,8 +96,7 @@ _faults: dict[str, str] = {}
 
 
 def _fresh(site: Site) -> nn.Module:
-    agreed = site.accord.model
-    return build(agreed.name, site.task.spec, agreed.options, site.accord.seed)
+    return agreed(site.accord.model, site.task.spec, site.accord.seed)
 
 
 def _unfit(site: Site) -> str:
@@ -138,6 +140,17 @@ def home_of(context: Context) -> Path:
     return Path(base) if base else runs.home() / f"sites-of-run-{context.run_id}"
 
 
+def data_of(folder: Path, context: Context) -> Path | None:
+    """Find the folder of a site's own data sets, which no accord and no coordinator can name.
+
+    It is `data` in the site's node config, else `data` in its folder. None: a simulated site
+    without such a folder, whose records lie beside the accord.
+    """
+    named = str(context.node_config.get("data", ""))
+    own = Path(named) if named else folder / "data"
+    return own if named or "site" in context.node_config or own.is_dir() else None
+
+
 def open_site(accord: Accord, name: str, context: Context) -> Site:
     """Open a site's folder, with its policy and its ledger.
 
@@ -148,6 +161,7 @@ def open_site(accord: Accord, name: str, context: Context) -> Site:
     """
     torch.set_num_threads(THREADS)
     folder = home_of(context) / name
+    home = accords.find(str(context.run_config["accord"])).parent
     try:
         # Only a simulated site, which nobody told who it is, gets a policy that suits the accord.
         told = "site" in context.node_config
@@ -157,7 +171,7 @@ def open_site(accord: Accord, name: str, context: Context) -> Site:
         return Site(
             name=name,
             accord=accord,
-            task=load_task(accord.task.name, accord.task.options),
+            task=task_of(accord, home.resolve(), data_of(folder, context)),
             folder=folder,
             policy=own,
             ledger=Ledger(folder / "ledger.sqlite", name, folder / own.second_head),

@@ -2,69 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
-    PlainValidator,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from fedaccord import evidence, registry, units
+from fedaccord import evidence, units
+from fedaccord.accord_section import Name, Options, Section, known
+from fedaccord.accord_task import AnyTask
 from fedaccord.errors import AccordError
 from fedaccord.faults import Fault, lines, toml
 
-
-def _known(kind: str) -> AfterValidator:
-    """Make a check that a name is in the registry."""
-
-    def check(name: str) -> str:
-        try:
-            return registry.check(kind, name)
-        except AccordError as fault:
-            raise ValueError(str(fault)) from None
-
-    return AfterValidator(check)
-
-
-def _option(value: Any) -> Any:
-    """Let through what an option may be; a union of types would give one fault for each."""
-    if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    raise ValueError(
-        f"{toml(value)} must be a finite number, true, false or a string in quotes. "
-        "Change it in the accord."
-    )
-
-
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
-TaskName = Annotated[str, _known("task")]
-ModelName = Annotated[str, _known("model")]
-StrategyName = Annotated[str, _known("strategy")]
-Options = dict[str, Annotated[int | float | bool | str, PlainValidator(_option)]]
-
-
-class Section(BaseModel):
-    """A table of the accord: no unknown key, no silent conversion, no infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class TaskSection(Section):
-    """[task]: the records, by name in the registry."""
-
-    name: TaskName
-    options: Options = {}
+ModelName = Annotated[str, known("model")]
+StrategyName = Annotated[str, known("strategy")]
 
 
 class SiteSection(Section):
@@ -92,7 +50,7 @@ class ModelSection(Section):
     """[model]: the global model, by name in the registry."""
 
     name: ModelName
-    options: Options = {}
+    options: Options = Field(default={})
     pretrained: str | None = Field(default=None, min_length=1, max_length=500)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
@@ -197,7 +155,7 @@ class DistillationSection(Section):
 
     enabled: bool = True
     model: ModelName = "mlp"
-    options: Options = {}
+    options: Options = Field(default={})
     every: int = Field(default=1, ge=1)
     steps: int = Field(default=50, ge=1, le=100_000)
     batch_size: int = Field(default=128, ge=1)
@@ -212,7 +170,7 @@ class Accord(Section):
     purpose: str = Field(min_length=1, max_length=500)
     seed: int = Field(default=0, ge=0, lt=2**63)
     tuning: str = Field(default="not covered", min_length=1, max_length=500)
-    task: TaskSection
+    task: AnyTask
     sites: list[SiteSection] = Field(min_length=1)
     model: ModelSection
     rounds: RoundsSection
@@ -268,6 +226,23 @@ def bundled() -> dict[str, Path]:
     return {path.stem: path for path in (root / "simulations" / "accords").glob("*.toml")}
 
 
+def find(where: str | Path) -> Path:
+    """Find an accord's file; what the accord names by a path is looked up in the file's folder.
+
+    Raises:
+        AccordError: neither a file nor the name of a bundled accord.
+    """
+    path = Path(where)
+    if path.is_file():
+        return path
+    if str(where) not in bundled():
+        raise AccordError(
+            f'accord "{where}": no such file. Give a TOML file or the name of a bundled '
+            f"accord ({', '.join(sorted(bundled()))})."
+        )
+    return bundled()[str(where)]
+
+
 def load(where: str | Path) -> Accord:
     """Load and validate an accord: a path to a TOML file, or the name of a bundled one.
 
@@ -275,15 +250,8 @@ def load(where: str | Path) -> Accord:
         AccordError: a missing file, TOML that does not parse, an unknown key or a wrong value;
             one line a fault, each naming parameter, value, bound and remedy.
     """
-    path = Path(where)
     try:
-        if not path.is_file():
-            if str(where) not in bundled():
-                raise AccordError(
-                    f'accord "{where}": no such file. Give a TOML file or the name of a bundled '
-                    f"accord ({', '.join(sorted(bundled()))})."
-                )
-            path = bundled()[str(where)]
+        path = find(where)
         return parse(tomllib.loads(path.read_text(encoding="utf-8-sig")), str(where))
     except tomllib.TOMLDecodeError as fault:
         raise AccordError(f'accord "{where}" is not TOML: {fault}. Mend that line.') from None

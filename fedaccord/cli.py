@@ -11,7 +11,15 @@ from typing import Annotated
 import click
 import typer
 
-from fedaccord import __version__, cli_conformance, cli_ledger, cli_plan, cli_site
+from fedaccord import (
+    __version__,
+    cli_conformance,
+    cli_data,
+    cli_ledger,
+    cli_plan,
+    cli_site,
+    cli_task,
+)
 from fedaccord.errors import AccordError, BudgetError, FedAccordError
 
 # Flower reads these when it is imported or started; nothing that FedAccord starts calls home.
@@ -32,6 +40,8 @@ app = typer.Typer(
 
 app.add_typer(cli_ledger.app, name="ledger")
 app.add_typer(cli_site.app, name="site")
+app.add_typer(cli_task.app, name="task")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_conformance.app)
 app.add_typer(cli_plan.app)
 
@@ -67,7 +77,7 @@ def check(accord: AccordFile) -> None:
     from fedaccord import tasks
 
     agreed = accords.load(accord)
-    tasks.check_fits(agreed, tasks.load_task(agreed.task.name, agreed.task.options))
+    tasks.check_fits(agreed, tasks.task_of(agreed, accords.find(accord).parent))
     table = Table("key", "value", title=f"accord {agreed.name}", title_justify="left")
     for key, value in _flat(agreed.model_dump(mode="json"), ""):
         table.add_row(Text(key), Text(str(value)))  # an accord's own words are no markup

@@ -46,13 +46,13 @@ def plan(
 
     from fedaccord import accord as accords
     from fedaccord import tasks
-    from fedaccord.models.build import build, parameter_count
+    from fedaccord.models import build as models
     from fedaccord.privacy.plan import plan_for
 
     agreed, console = accords.load(accord), Console(highlight=False)
-    task = tasks.load_task(agreed.task.name, agreed.task.options)
+    task = tasks.task_of(agreed, accords.find(accord).parent)
     tasks.check_fits(agreed, task)
-    model = build(agreed.model.name, task.spec, agreed.model.options, agreed.seed)
+    model = models.agreed(agreed.model, task.spec, agreed.seed)
     console.print(Text(f"Plan of accord {agreed.name}: {agreed.purpose}"))
     if not agreed.privacy.enabled:
         console.print(
@@ -64,7 +64,7 @@ def plan(
         plans = [made for site in agreed.roster if (made := plan_for(agreed, site)) is not None]
         _refuse_useless(plans)
         columns = grouped(plans)
-        parameters = parameter_count(model)
+        parameters = models.parameter_count(model)
         content = {names: rows(made, parameters) for names, made in columns.items()}
         lines = list(_lines(agreed, plans, parameters, tries))
     for start in range(0, len(content), ACROSS):

@@ -52,7 +52,8 @@ def approve(
     held = path.exists()
     own = policy.SitePolicy.read(path) if held else policy_file.strict_policy(site)
     console = Console()
-    table, refusals = _agreement(agreed, name, site, own, held)
+    home = accords.find(accord).parent
+    table, refusals = _agreement(agreed, home, name, site, own, held)
     console.print(table)
     print(f"Digest     {agreed.digest}")
     if agreed.digest in own.approved:
@@ -126,20 +127,20 @@ def show(site: SiteFolder) -> None:
 
 
 def _agreement(
-    agreed: Accord, name: str, folder: Path, own: SitePolicy, held: bool
+    agreed: Accord, home: Path, name: str, folder: Path, own: SitePolicy, held: bool
 ) -> tuple[Table, list[str]]:
     """Lay out what a site agrees to, for somebody who answers for its data; list what refuses."""
     from rich.table import Table
     from rich.text import Text
 
     from fedaccord import tasks
-    from fedaccord.models.build import build, parameter_count
+    from fedaccord.models.build import build, parameter_count, pretrained_of
     from fedaccord.privacy.plan import plan_for
 
-    task = tasks.load_task(agreed.task.name, agreed.task.options)
+    task = tasks.task_of(agreed, home)
     tasks.check_fits(agreed, task)
     model, student = agreed.model, agreed.distillation
-    weights = parameter_count(build(model.name, task.spec, model.options, 0))
+    weights = parameter_count(build(model.name, task.spec, model.options, 0, pretrained_of(model)))
     models = [f"{model.name}, {_count(weights, 'parameter')}"]
     if student.enabled:
         small = parameter_count(build(student.model, task.spec, student.options, 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -50,7 +50,7 @@ def lines(
         example: where a missing key is explained, as a clause.
     """
     found = faults.errors()
-    meant = {_meant(fault, model) for fault in found} - {()}
+    meant = {_meant(fault, model, data) for fault in found} - {()}
     return [
         _sentence(fault, data, model, file, example)
         for fault in found
@@ -65,22 +65,36 @@ def toml(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _fields(path: list[str], model: Any) -> list[str]:
+def _fields(path: list[str], model: Any, data: Any) -> list[str]:
     """Names that stand in the table at a path, for the hint on a misspelt key."""
     for part in path:
+        data = data.get(part) if isinstance(data, dict) else None
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        for inner in (annotation, *getattr(annotation, "__args__", ())):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                model = inner
+        inner = [
+            found
+            for found in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(found, type) and issubclass(found, BaseModel)
+        ]
+        model = _of_kind(inner, data) if inner else model
     return list(model.model_fields)
 
 
-def _meant(fault: Any, model: Any) -> tuple[str | int, ...]:
+def _of_kind(models: list[type[BaseModel]], data: Any) -> type[BaseModel]:
+    """Choose, of the tables that may stand at a place, the one that the key `kind` says."""
+    kind = data.get("kind") if isinstance(data, dict) else None
+    for model in models:
+        field = model.model_fields.get("kind")
+        if kind in (get_args(field.annotation) if field else (None,)):
+            return model
+    return models[0]
+
+
+def _meant(fault: Any, model: Any, data: Any) -> tuple[str | int, ...]:
     """Where a misspelt key probably belongs; () for any other fault."""
     if fault["type"] != "extra_forbidden":
         return ()
     *table, key = fault["loc"]
-    known = _fields([part for part in table if isinstance(part, str)], model)
+    known = _fields([part for part in table if isinstance(part, str)], model, data)
     return (*table, *difflib.get_close_matches(str(key), known, n=1, cutoff=0.5))
 
 
@@ -103,7 +117,7 @@ def _sentence(fault: Any, data: dict[str, Any], model: Any, file: str, example: 
     given = f"{where} = {toml(fault['input'])}"
     if kind == "extra_forbidden":
         *table, key = fault["loc"]
-        known = _fields([part for part in table if isinstance(part, str)], model)
+        known = _fields([part for part in table if isinstance(part, str)], model, data)
         hint = registry.nearest(str(key), known)
         return f'key "{where}" is not known.{hint} Known here: {", ".join(known)}.'
     if kind == "missing":
@@ -116,6 +130,8 @@ def _sentence(fault: Any, data: dict[str, Any], model: Any, file: str, example: 
         return f"{given} {words} {context[key]:.15g}. {remedy}"
     if kind in _TYPES:
         return f"{given} must be {_TYPES[kind]}. Change it in {file}."
+    if kind == "string_pattern_mismatch" and "a-f" in context["pattern"]:
+        return f"{given} must be a SHA-256: 64 characters of 0-9 and a-f. Copy it whole."
     if kind == "string_pattern_mismatch":
         return (
             f"{given} must be lower-case letters, digits and hyphens, at most 32, and start with "

@@ -11,11 +11,22 @@ from typing import Any
 from fedaccord.errors import AccordError
 
 TASKS = {
+    "adult": "fedaccord.simulations.adult:Adult",
+    "clinical-text": "fedaccord.simulations.clinical_text:ClinicalText",
+    "credit": "fedaccord.simulations.credit:Credit",
+    "digits": "fedaccord.simulations.digits:Digits",
+    "fashion": "fedaccord.simulations.fashion:Fashion",
     "heart": "fedaccord.simulations.heart:Heart",
+    "thyroid": "fedaccord.simulations.thyroid:Thyroid",
 }
 MODELS = {
+    "bag-of-words": "fedaccord.models.text:bag_of_words",
     "cnn1d": "fedaccord.models.tabular:cnn1d",
+    "cnn2d": "fedaccord.models.images:cnn2d",
     "mlp": "fedaccord.models.tabular:mlp",
+    "resnet18": "fedaccord.models.resnet:resnet18",
+    "text": "fedaccord.models.text:text",
+    "transformer": "fedaccord.models.transformer:transformer",
 }
 STRATEGIES = {
     "fedavg": "fedaccord.strategies.fedavg:fedavg",

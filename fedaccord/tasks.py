@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,8 +12,8 @@ import numpy.typing as npt
 
 from fedaccord import registry
 from fedaccord.accord import Accord
+from fedaccord.accord_task import TaskSection
 from fedaccord.errors import AccordError
-
 
 Inputs = npt.NDArray[np.float32] | npt.NDArray[np.int64]
 
@@ -120,6 +121,26 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         first = str(fault).splitlines()[0]
         raise AccordError(f'task "{name}": {first}. Change task.options.') from None
     return task
+
+
+def task_of(accord: Accord, home: Path, data: Path | None = None) -> Task:
+    """Build the task that an accord agrees on, by name or from its description of own data.
+
+    No private record is read.
+
+    Args:
+        accord: the accord.
+        home: the accord's folder (`accord.folder`), from which its files are found.
+        data: a site's own folder of data sets; None in a simulation and at the coordinator.
+
+    Raises:
+        AccordError: as `load_task`, or a tokenizer that cannot be used.
+    """
+    if isinstance(accord.task, TaskSection):
+        return load_task(accord.task.name, accord.task.options)
+    from fedaccord.own import OwnTask
+
+    return OwnTask(accord.task, tuple(accord.roster), home, data)
 
 
 def check_fits(accord: Accord, task: Task) -> None:

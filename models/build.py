@@ -2,43 +2,103 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from fedaccord import registry
+from fedaccord.accord import ModelSection
 from fedaccord.errors import AccordError
+from fedaccord.models.options import OptionFault
+from fedaccord.models.pretrained import Pretrained, folder, load_file
 from fedaccord.tasks import TaskSpec
 
 
 def build(
-    name: str, spec: TaskSpec, options: Mapping[str, int | float | bool | str], seed: int
+    name: str,
+    spec: TaskSpec,
+    options: Mapping[str, int | float | bool | str],
+    seed: int,
+    pretrained: Pretrained | None = None,
 ) -> nn.Module:
-    """Build a model with initial weights that depend on the seed alone.
+    """Build a model with initial weights that depend on the seed and the pretrained ones alone.
 
-    Torch's global generator is left as it was found.
+    Torch's global generator is left as it was found. Weights that are not trained have
+    `requires_grad` false from here on.
+
+    | pretrained weights of | are |
+    |---|---|
+    | a model whose function has a parameter `pretrained` | a folder, which the function loads |
+    | any other | a safetensors file of its state dict, loaded here |
 
     Args:
         name: a name in the registry of models.
         spec: the task, for the model's inputs and outputs.
         options: keyword arguments of the model's function.
         seed: of the initial weights.
+        pretrained: weights to start from; checked against their SHA-256 before they are read.
 
     Raises:
-        AccordError: an unknown name, or options that the model does not have or cannot take.
+        AccordError: an unknown name, options that the model does not have or cannot take, or
+            pretrained weights that were not fetched, are altered, or are of another model.
     """
     make = registry.load("model", name)
+    if "pretrained" in options:
+        raise AccordError(
+            f'model "{name}": pretrained is not an option. Give model.pretrained and model.sha256.'
+        )
+    given = dict(options)
+    as_folder = pretrained is not None and _takes_folder(make)
+    if pretrained is not None and as_folder:
+        given["pretrained"] = folder(pretrained.name, pretrained.sha256)  # type: ignore[assignment]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone; others are left as they are
         try:
-            model: nn.Module = make(spec, **options)
+            model: nn.Module = make(spec, **given)
+        except OptionFault as fault:
+            raise AccordError(f'model "{name}": {fault}') from None
         except (TypeError, ValueError, RuntimeError) as fault:
             first = (str(fault) or type(fault).__name__).splitlines()[0]
             raise AccordError(f'model "{name}": {first}. Change its options.') from None
+    if pretrained is not None and not as_folder:
+        load_file(model, pretrained)
     return model
+
+
+def agreed(model: ModelSection, spec: TaskSpec, seed: int) -> nn.Module:
+    """Build the model that an accord agrees on, from the pretrained weights that it names.
+
+    Raises:
+        AccordError: as `build`.
+    """
+    return build(model.name, spec, model.options, seed, pretrained_of(model))
+
+
+def pretrained_of(model: ModelSection) -> Pretrained | None:
+    """Return the pretrained weights that an accord names, or None."""
+    if model.pretrained is None or model.sha256 is None:
+        return None
+    return Pretrained(model.pretrained, model.sha256)
+
+
+def _takes_folder(make: object) -> bool:
+    try:
+        return callable(make) and "pretrained" in inspect.signature(make).parameters
+    except ValueError:  # a function without a signature
+        return False
 
 
 def parameter_count(model: nn.Module) -> int:
     """Count a model's weights."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights that training changes, by name, in order: only these travel.
+
+    They are the model's own tensors, not copies. The others are the same at every site: they come
+    from the seed and the pretrained weights.
+    """
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}

@@ -17,6 +17,44 @@ MEANINGS = {
     "tuning": ("", "how the settings were found, and what of that the privacy figures cover"),
     "task.name": ("", "where the records come from"),
     "task.options": ("", "options of the task"),
+    "task.kind": ("", "what the sites' own records are"),
+    "task.dataset": ("", "what policies and ledgers call the sites' own records"),
+    "task.file": ("", "a site's records, in its own folder of the data set"),
+    "task.delimiter": ("", "between the cells of a CSV file"),
+    "task.site_column": ("", "the column that says whose a record is"),
+    "task.subject": ("", "the column that says who; not set: each row is a subject of its own"),
+    "task.label.column": ("", "what is predicted"),
+    "task.label.classes": ("", "names of its values"),
+    "task.label.values": ("", "as files have them, where they differ"),
+    "task.label.bands": ("", "bounds of the classes; a bound belongs to the class above it"),
+    "task.attributes.column": ("", "a sensitive attribute"),
+    "task.attributes.values": ("", "its values as files have them"),
+    "task.attributes.bands": ("", "bounds of its groups; a bound belongs to the group above it"),
+    "task.attributes.groups": ("", "names of its groups, where they differ"),
+    "task.attributes.missing": ("", "name of the group of those whose cell is empty"),
+    "task.split": ("", "the column that says train or test"),
+    "task.test_share": ("", "of the subjects, held out by the SHA-256 of each"),
+    "task.missing_values": ("", "words that stand for a value that is not there"),
+    "task.source": ("", "where the records come from"),
+    "task.licence": ("", "of the records"),
+    "task.public_file": ("", "public records from which the proxy set is drawn"),
+    "task.public_sha256": ("", "of those records"),
+    "task.inputs.kind": ("", "an input of the model"),
+    "task.inputs.min": ("", "its lowest value: becomes -1"),
+    "task.inputs.max": ("", "its highest value: becomes 1"),
+    "task.inputs.log": ("", "whether it is scaled as a logarithm"),
+    "task.inputs.values": ("", "its declared values, an input each"),
+    "task.inputs.missing": ("", "whether it may be missing, which is an input of its own"),
+    "task.outside": ("", "what a number out of its bounds does: refuse its record, or clip"),
+    "task.path": ("", "the column of paths of images"),
+    "task.size": ("pixels", "height and width that images are brought to"),
+    "task.channels": ("", "1: grey, 3: red, green, blue"),
+    "task.fit": ("", "whether images are stretched to the size or their middle is cut out"),
+    "task.text": ("", "the column of texts"),
+    "task.length": ("tokens", "after which a text is cut"),
+    "task.tokenizer": ("", "what cuts texts into tokens"),
+    "task.sha256": ("", "of its tokenizer.json"),
+    "task.vocabulary": ("tokens", "that words are hashed to"),
     "sites.subjects": ("subjects", "training subjects that the site declares"),
     "sites.records": ("records", "training records that the site declares"),
     "model.name": ("", "the global model"),
@@ -87,12 +125,14 @@ def _leaves(tables: dict[str, Any], path: str = "") -> list[tuple[str, str, Any]
     out: list[tuple[str, str, Any]] = []
     for name, value in tables.items():
         key = f"{path}.{name}" if path else name
-        if name == "sites":
+        if key == "sites":
             out += [
                 (f"sites.{s['name']}.{key}", f"sites.{key}", s[key])
                 for s in value
                 for key in ("subjects", "records")
             ]
+        elif path in ("task.inputs", "task.attributes"):  # a column each, of any name
+            out += [(f"{key}.{k}", f"{path}.{k}", v) for k, v in value.items() if v is not None]
         elif name == "options":
             out += [(f"{key}.{option}", key, value[option]) for option in value]
         elif isinstance(value, dict):

@@ -17,9 +17,11 @@ from flwr.serverapp.strategy import Strategy
 from fedaccord import accord as accords
 from fedaccord import registry, runs
 from fedaccord.accord import Accord
+from fedaccord.accord_section import Options
 from fedaccord.errors import AccordError, BudgetError
 from fedaccord.evidence import build_hash
-from fedaccord.models.build import build, parameter_count
+from fedaccord.models.build import build, parameter_count, pretrained_of
+from fedaccord.models.pretrained import Pretrained
 from fedaccord.privacy import accounting, tradeoff
 from fedaccord.privacy.client_level import ClientPlan
 from fedaccord.privacy.plan import Plan, plan_for
@@ -29,7 +31,7 @@ from fedaccord.server.admission import Place
 from fedaccord.server.heads import Heads
 from fedaccord.server.rounds import Coordinator
 from fedaccord.strategies.client_level import ClientLevelMean, refuse_state
-from fedaccord.tasks import Task, check_fits, load_task
+from fedaccord.tasks import Task, check_fits, task_of
 
 PACKAGES = ("flwr", "torch", "opacus", "dp-accounting", "fairlearn", "numpy")
 
@@ -50,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(1)  # small models; and results that do not depend on the cores
     where = str(context.run_config["accord"])
     accord = accords.load(where)
-    task = load_task(accord.task.name, accord.task.options)
+    task = task_of(accord, accords.find(where).parent.resolve())
     check_fits(accord, task)
     model, student = initial(accord, task)
     folder = open_folder(str(context.run_config.get("run", "")), where, accord)
@@ -93,10 +95,8 @@ def strategy_for(accord: Accord, plan: Plan | None) -> Strategy:
 
 def open_folder(run: str, where: str, accord: Accord) -> RunFolder:
     """Start the run's folder with the accord's text."""
-    path = Path(where)
-    path = path if path.is_file() else accords.bundled()[where]
     folder = Path(run) if run else runs.home() / "runs" / runs.new_id(accord.name)
-    return RunFolder.create(folder, path.read_text(encoding="utf-8"))
+    return RunFolder.create(folder, accords.find(where).read_text(encoding="utf-8"))
 
 
 def initial(accord: Accord, task: Task) -> tuple[torch.nn.Module, torch.nn.Module | None]:
@@ -106,7 +106,7 @@ def initial(accord: Accord, task: Task) -> tuple[torch.nn.Module, torch.nn.Modul
         AccordError: options that a model does not have, or a model that does not fit the task.
     """
     agreed, wants = accord.model, accord.distillation
-    model = fitting(agreed.name, agreed.options, task, accord.seed)
+    model = fitting(agreed.name, agreed.options, task, accord.seed, pretrained_of(agreed))
     if accord.privacy.enabled and accord.privacy.unit == "client":
         refuse_state(model)
     if not wants.enabled:
@@ -114,7 +114,13 @@ def initial(accord: Accord, task: Task) -> tuple[torch.nn.Module, torch.nn.Modul
     return model, fitting(wants.model, wants.options, task, accord.seed)
 
 
-def fitting(name: str, options: accords.Options, task: Task, seed: int) -> torch.nn.Module:
+def fitting(
+    name: str,
+    options: Options,
+    task: Task,
+    seed: int,
+    pretrained: Pretrained | None = None,
+) -> torch.nn.Module:
     """Build a model and have it answer made-up inputs, before any site uses a slot on it.
 
     Under a plan a model that raises on every record would train on noise alone, and say nothing.
@@ -124,7 +130,7 @@ def fitting(name: str, options: accords.Options, task: Task, seed: int) -> torch
     """
     spec = task.spec
     try:
-        model = build(name, spec, options, seed)
+        model = build(name, spec, options, seed, pretrained)
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(spec.blank(2)))
         model.train()

@@ -226,10 +226,10 @@ FAULTS = [
     ("privacy.neighboring_relation", "replace-one", 'must be "add-or-remove-one". Change it'),
     (
         "model.name",
-        "cnn2d",
-        'model.name: model "cnn2d" is not known. Did you mean "cnn1d"? Known: cnn1d, mlp;',
+        "cnn1",
+        'model.name: model "cnn1" is not known. Did you mean "cnn1d"? Known: ',
     ),
-    ("distillation.model", "resnet", 'distillation.model: model "resnet" is not known. Known:'),
+    ("distillation.model", "boosting", 'distillation.model: model "boosting" is not known. Known:'),
     ("task.name", "hart", 'task.name: task "hart" is not known. Did you mean "heart"?'),
     ("strategy.name", "fedavgg", 'strategy.name: strategy "fedavgg" is not known. Did you mean'),
     ("sites.3.name", "hungary", 'sites: "hungary" is listed twice. List each site once.'),

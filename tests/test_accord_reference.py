@@ -27,7 +27,7 @@ def field(path: str) -> Any:
     for table in tables:
         annotation = model.model_fields[table].annotation
         inner = [annotation, *getattr(annotation, "__args__", ())]
-        (model,) = [t for t in inner if isinstance(t, type) and issubclass(t, BaseModel)]
+        model = next(t for t in inner if isinstance(t, type) and issubclass(t, BaseModel))
     return model.model_fields[key]
 
 

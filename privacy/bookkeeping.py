@@ -1,0 +1,187 @@
+"""The engine "bookkeeping": per-record clipping in one forward and one backward pass.
+
+The backward pass gives the gradients of activations, which any training needs, and notes for every
+weight the parts from which each record's norm and the clipped sum are made (Bu et al. 2022,
+"Differentially private optimization on large model at small cost", book-keeping). What a model
+does is seen by torch's own mechanism for functions (`TorchFunctionMode`), not by hooks on layers:
+a weight that is used twice, or by two layers, is noted twice, and any use of a trained weight that
+is not known here is refused by name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from fedaccord.privacy.clipping import factors
+from fedaccord.privacy.parts import Part, Products, Whole, Windows
+from fedaccord.privacy.passes import Keep, Page, PageEngine
+from fedaccord.privacy.uses import USES
+
+HELD = 4  # gradients are held where they are at most so many times as many as what makes them
+TRIES = 3  # of each kernel when the fastest is looked for
+KERNELS: dict[tuple[Any, ...], str] = {}  # the fastest by kind and shapes, in this process
+ASKED = ("dtype", "shape", "device", "ndim", "requires_grad", "is_leaf", "layout", "grad_fn")
+
+
+class Watch(TorchFunctionMode):
+    """The functions of one forward pass; those that read a trained weight note its parts."""
+
+    def __init__(self, trained: dict[int, str], rows: int, measured: bool) -> None:
+        """Watch a page.
+
+        Args:
+            trained: names of the trained weights by id.
+            rows: records on the page.
+            measured: whether kernels are chosen by measuring; else by rule.
+        """
+        super().__init__()
+        self.rows, self._trained, self._measured = rows, trained, measured
+        self.parts: dict[int, list[Part]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function of torch, by our own where it reads a trained weight."""
+        kwargs = kwargs or {}
+        used = [a for a in (*args, *kwargs.values()) if id(a) in self._trained]
+        if not used:
+            for value in args:  # cat and stack take lists
+                if isinstance(value, list | tuple):
+                    used += [a for a in value if id(a) in self._trained]
+        if not used or _asks(func):
+            return func(*args, **kwargs)
+        run = USES.get(func)
+        if run is None:
+            raise NotImplementedError(
+                f"{self._trained[id(used[0])]} is used by {resolve_name(func) or func}, of which "
+                "the engine \"bookkeeping\" does not know each record's gradient"
+            )
+        return run(self, func, *args, **kwargs)
+
+    def trained(self, value: Any) -> bool:
+        """Tell whether a value is a trained weight."""
+        return id(value) in self._trained
+
+    def note(self, weight: torch.Tensor, part: Part) -> None:
+        """See `layers.Book.note`."""
+        self.parts.setdefault(id(weight), []).append(part)
+
+    def products(self, kind: str, windows: Windows, back: torch.Tensor, inputs: int) -> Part:
+        """See `layers.Book.products`."""
+        records, outputs, positions = back.shape
+        ways: dict[str, Callable[[], Part]] = {
+            "gram": lambda: Products(windows, back, inputs, "gram"),
+            "gram, double": lambda: Products(windows, back, inputs, "gram", double=True),
+            "direct": lambda: Products(windows, back, inputs, "direct"),
+        }
+        if outputs * inputs <= HELD * positions * (outputs + inputs):
+            ways["held"] = lambda: Whole(Products(windows, back, inputs).each())
+        if not self._measured or not records:
+            by_rule = "held" if "held" in ways else "gram" if positions < outputs else "direct"
+            return ways[by_rule]()
+        key = (kind, *back.shape, inputs, back.stride(), back.dtype, back.device)
+        if key not in KERNELS:
+            KERNELS[key] = _fastest(ways, back.new_ones(records))
+        return ways[KERNELS[key]]()
+
+
+def _asks(func: Any) -> bool:
+    """Whether a function only asks what a tensor is."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") in ASKED
+    return name in ("size", "dim", "numel", "is_floating_point", "stride", "is_contiguous")
+
+
+def _fastest(ways: dict[str, Callable[[], Part]], ones: torch.Tensor) -> str:
+    """Measure norm and sum by each way; it runs once for each shape."""
+    best: dict[str, float] = {}
+    for name, make in ways.items():
+        for _ in range(TRIES):
+            start = time.perf_counter()
+            make().total(ones)
+            if ones.is_cuda:
+                torch.cuda.synchronize(ones.device)
+            took = time.perf_counter() - start
+            best[name] = min(best.get(name, took), took)
+    return min(best, key=lambda name: best[name])
+
+
+class BookkeepingEngine(PageEngine):
+    """One forward and one backward pass a page; see the module."""
+
+    measured = True  # kernels are chosen by measuring; tests and reproducible runs turn it off
+
+    def _hook(self, model: nn.Module) -> Any:
+        self._names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
+        return model
+
+    def _run(self, inputs: torch.Tensor, labels: torch.Tensor) -> list[tuple[str, Part | None]]:
+        """Run forwards and backwards; the part of each trained weight, or None where none came."""
+        self._forget()  # what somebody else left there
+        watch = Watch(self._names, len(inputs), self.measured)
+        with torch.enable_grad():
+            with watch:
+                losses = self._losses(inputs, labels)
+            losses.sum().backward()
+        found: list[tuple[str, Part | None]] = []
+        for name, parameter in self._trained.items():
+            if parameter.grad is not None:
+                raise ValueError(
+                    f'{name} is reached by a way that the engine "bookkeeping" does not see'
+                )
+            parts = watch.parts.pop(id(parameter), [])
+            found.append((name, _together(parts)))
+        return found
+
+    @torch.no_grad()
+    def _page_norms(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return _norms(self._run(inputs, labels), len(inputs))
+
+    @torch.no_grad()
+    def _page_sum(self, page: Page, max_grad_norm: float, keep: Keep) -> torch.Tensor:
+        found = self._run(*page)
+        norms = _norms(found, len(page[0]))
+        weights = factors(norms, max_grad_norm, keep)
+        finite = torch.isfinite(norms)
+        total = torch.empty(sum(p.numel() for p in self._trained.values()), dtype=torch.float64)
+        places = total.split([p.numel() for p in self._trained.values()])
+        for (_, part), place in zip(found, places, strict=True):
+            if part is None:
+                place.zero_()
+                continue
+            if not finite.all():
+                part.empty(~finite)
+            made = part.total(weights)
+            place.view(made.shape).copy_(made)
+        if not torch.isfinite(total.sum()):
+            raise ValueError("the clipped sum is not finite")
+        return total
+
+    def _forget(self) -> None:
+        for parameter in self._trained.values():
+            parameter.grad = None
+
+
+def _together(parts: list[Part]) -> Part | None:
+    """Join the parts of a weight that is used several times: their gradients add up."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    total = parts[0].each()
+    for part in parts[1:]:
+        total = total + part.each()
+    return Whole(total)
+
+
+def _norms(found: list[tuple[str, Part | None]], records: int) -> torch.Tensor:
+    """Each record's norm over all weights, float64 (n,)."""
+    squares = [part.squares.cpu().double() for _, part in found if part is not None]
+    if not squares:
+        return torch.zeros(records, dtype=torch.float64)
+    return torch.stack(squares).sum(0).sqrt()
