@@ -223,8 +223,8 @@ def train_and_record(
     site.ledger.intend(run, number, plan, accord.digest, peers)
     records = _read(site, "train")
     if isinstance(plan, PrivacyPlan):
-        how = accord.privacy
-        train.train_private(model, records, plan, training, entropy, how.engine, how.precision)
+        how = train.How(site.engine, accord.privacy.precision, accord.privacy.page_rows)
+        train.train_private(model, records, plan, training, entropy, how)
     elif plan:
         client_level.train_or_stay(model, records, accord, site.name, number)
     elif records is not None:

@@ -16,7 +16,7 @@ from fedaccord.accord import Accord
 from fedaccord.client import policy, train
 from fedaccord.errors import AccordError, LedgerError, PolicyError
 from fedaccord.models.build import agreed, build, parameter_count
-from fedaccord.privacy.engines import cross_entropy
+from fedaccord.privacy.engines import cross_entropy, resolve
 from fedaccord.privacy.ledger import Ledger, Terms
 from fedaccord.privacy.plan import Plan, PrivacyPlan, plan_for
 from fedaccord.privacy.probe import probe, synthetic
@@ -64,6 +64,16 @@ class Site:
         model.load_state_dict(weights.to_torch_state_dict(), strict=True)
         return model
 
+    @property
+    def engine(self) -> str:
+        """The engine that clips here: the accord's, or what its "auto" is for the model."""
+        digest = self.accord.digest
+        if digest not in _engines:
+            records = synthetic(self.task, self.accord.seed)
+            asked = self.accord.privacy.engine
+            _engines[digest] = resolve(asked, _fresh(self), cross_entropy, *records)[0]
+        return _engines[digest]
+
     def admit(self, kind: str) -> None:
         """Hold a request to the site's policy, and the model to what a plan needs.
 
@@ -92,6 +102,7 @@ class Site:
 
 # What was found of an accord's model, once in a process, by the accord's digest.
 _parameters: dict[str, int] = {}
+_engines: dict[str, str] = {}
 _faults: dict[str, str] = {}
 
 
@@ -105,8 +116,9 @@ def _unfit(site: Site) -> str:
     try:
         if isinstance(plan, PrivacyPlan):
             train.refuse_unsafe(model)
-            inputs, labels = synthetic(site.task, site.accord.seed)
-            probe(model, how.engine, how.precision, cross_entropy, inputs, labels, plan)
+            records = synthetic(site.task, site.accord.seed)
+            engine = site.engine
+            probe(model, engine, how.precision, cross_entropy, *records, plan, how.page_rows)
         elif plan:
             refuse_state(model)
     except AccordError as fault:

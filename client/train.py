@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -64,14 +65,28 @@ def refuse_weights(model: nn.Module) -> None:
             )
 
 
+@dataclass(frozen=True)
+class How:
+    """How records pass through a model: no matter for the guarantee, but for time and memory.
+
+    Attributes:
+        engine: a name of `privacy.engines.ENGINES`.
+        precision: of forward and backward passes: "float64", "float32" or "bfloat16".
+        page_rows: records that pass at once, at most.
+    """
+
+    engine: str = "bookkeeping"
+    precision: str = "float64"
+    page_rows: int = MICRO_BATCH
+
+
 def train_private(
     model: nn.Module,
     records: Records | None,
     plan: PrivacyPlan,
     training: TrainingSection,
     entropy: Callable[[], Source] = OsSource,
-    engine: str = "hooks",
-    precision: str = "float64",
+    how: How = How(),
 ) -> None:
     """Train a model in place for one round under a plan (DP-SGD, Abadi et al. 2016).
 
@@ -95,8 +110,7 @@ def train_private(
         plan: the site's reserved plan.
         training: steps, learning rate, momentum.
         entropy: makes a fresh source of randomness for every step.
-        engine: "hooks" or "ghost" (`privacy.engines`).
-        precision: of forward and backward passes: "float64", "float32" or "bfloat16".
+        how: engine, precision and size of a page.
 
     Raises:
         AccordError: a layer that the engine cannot take apart, or weights that did not move.
@@ -104,7 +118,7 @@ def train_private(
     first = next(model.parameters())
     device, dtype = first.device, first.dtype
     model.double()
-    passes = _Passes(model, engine, precision, plan.max_grad_norm)
+    passes = _Passes(model, how, plan.max_grad_norm)
     trained = [p for p in model.parameters() if p.requires_grad]
     sgd = torch.optim.SGD(trained, training.learning_rate, training.momentum)
     optimizer = SubjectOptimizer(sgd, plan)
@@ -116,7 +130,7 @@ def train_private(
                 rows = sampler.draw(source)
                 # Dropout's masks come from the step's entropy too: no seed of torch's reaches them.
                 masks = int(source.uniform(1)[0] * 2**53)
-                for page in pages(rows, plan.normaliser, MICRO_BATCH, source):
+                for page in pages(rows, plan.normaliser, how.page_rows, source):
                     assert records is not None
                     _add_page(passes, optimizer, records, page, masks)
                 before = [] if step else _copies(model)
@@ -136,9 +150,9 @@ class _Passes:
     weights that are held, and from a new copy once one has raised.
     """
 
-    def __init__(self, model: nn.Module, engine: str, precision: str, max_grad_norm: float) -> None:
-        self._model, self._engine = model, engine
-        self._dtype, self._bound = engines.PRECISIONS[precision], max_grad_norm
+    def __init__(self, model: nn.Module, how: How, max_grad_norm: float) -> None:
+        self._model, self._engine = model, how.engine
+        self._dtype, self._bound = engines.PRECISIONS[how.precision], max_grad_norm
         self.renew()
 
     def renew(self) -> None:

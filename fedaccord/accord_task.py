@@ -312,6 +312,10 @@ _BY_KIND = {"table": TableSection, "images": ImagesSection, "text": TextSection}
 def _section(given: Any) -> Any:
     """Take a [task] for what its `kind` says, so that its faults are those of one kind."""
     if not isinstance(given, dict) or "kind" not in given:
+        if isinstance(given, dict) and "name" not in given and "dataset" in given:
+            raise Fault(
+                f"task.kind is missing: one of {', '.join(KINDS)}, for data of your own. Add it."
+            )
         return given if isinstance(given, Section) else TaskSection.model_validate(given)
     if "name" in given:
         raise Fault(

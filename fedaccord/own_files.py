@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,10 +179,14 @@ def _cells(line: bytes, delimiter: str) -> tuple[list[str], str]:
         return [], "is not UTF-8 text"
     if '"' not in text:
         return text.split(delimiter), ""
+    cut = re.escape(delimiter)
+    cell = rf'(?:"(?:[^"]|"")*"|[^"{cut}]*)'
+    if not re.fullmatch(f"{cell}(?:{cut}{cell})*", text):
+        return [], "has a quote that does not close on its line, or that stands inside a cell"
     try:
         (cells,) = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    except (csv.Error, ValueError):
-        return [], "has a quote that does not close on its line, or that stands inside a cell"
+    except (csv.Error, ValueError):  # a lone carriage return, a cell of more than 128 KiB
+        return [], "cannot be cut into cells"
     return cells, ""
 
 

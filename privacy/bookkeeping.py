@@ -44,9 +44,7 @@ class Watch(TorchFunctionMode):
         self.rows, self._trained, self._measured = rows, trained, measured
         self.parts: dict[int, list[Part]] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of torch, by our own where it reads a trained weight."""
         kwargs = kwargs or {}
         used = [a for a in (*args, *kwargs.values()) if id(a) in self._trained]
@@ -60,7 +58,7 @@ class Watch(TorchFunctionMode):
         if run is None:
             raise NotImplementedError(
                 f"{self._trained[id(used[0])]} is used by {resolve_name(func) or func}, of which "
-                "the engine \"bookkeeping\" does not know each record's gradient"
+                'the engine "bookkeeping" does not know each record\'s gradient'
             )
         return run(self, func, *args, **kwargs)
 

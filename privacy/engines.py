@@ -9,6 +9,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
 from torch import nn
 
 from fedaccord.errors import AccordError
@@ -17,7 +20,7 @@ from fedaccord.privacy.ghost import GhostEngine
 from fedaccord.privacy.hooks import HooksEngine
 from fedaccord.privacy.passes import PRECISIONS, Engine, Loss, PageEngine, cross_entropy
 
-__all__ = ["ENGINES", "PRECISIONS", "Engine", "Loss", "cross_entropy", "make"]
+__all__ = ["ENGINES", "PRECISIONS", "Engine", "Loss", "cross_entropy", "make", "resolve"]
 
 ENGINES: dict[str, type[PageEngine]] = {
     "bookkeeping": BookkeepingEngine,
@@ -42,3 +45,36 @@ def make(engine: str, model: nn.Module, loss: Loss = cross_entropy) -> Engine:
     except NotImplementedError as fault:  # Opacus' word for a layer that it cannot take apart
         first = str(fault).splitlines()[0]
         raise AccordError(f"model: {first} Choose a model without it.") from None
+
+
+def resolve(
+    engine: str, model: nn.Module, loss: Loss, inputs: torch.Tensor, labels: torch.Tensor
+) -> tuple[str, str]:
+    """Say which engine "auto" is for a model: "bookkeeping", or "hooks" where that does not do.
+
+    It looks at the model and at synthetic records, so that all sites find the same.
+
+    Args:
+        engine: a name of ENGINES, which stays, or "auto".
+        model: left as it is.
+        loss: see `make`.
+        inputs: synthetic records (n, ...); two are used.
+        labels: (n,).
+
+    Returns:
+        The engine, and why it is not the fastest one, or "".
+    """
+    if engine != "auto":
+        return engine, ""
+    working = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        parts = make("bookkeeping", working, loss)
+        try:
+            parts.norms(inputs[:2], labels[:2])
+        except (NotImplementedError, ValueError) as fault:
+            return "hooks", (str(fault) or type(fault).__name__).splitlines()[0]
+        except Exception:  # of the model's own; whoever probes or trains it says so
+            return "bookkeeping", ""
+        finally:
+            parts.close()
+    return "bookkeeping", ""

@@ -1,4 +1,4 @@
-"""The engine "hooks": Opacus makes each record's gradient; they are clipped and summed in float64."""
+"""The engine "hooks": Opacus makes each record's gradient; float64 clips and sums them."""
 
 from __future__ import annotations
 

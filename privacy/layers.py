@@ -234,9 +234,7 @@ class GroupNorm(Function):  # type: ignore[misc]
         inputs = inputs.contiguous()
         count, channels = inputs.shape[:2]
         ctx.sizes = (count, channels, inputs[0, 0].numel() if count else 0)
-        out, mean, inverse = torch.native_group_norm(
-            inputs, weight, bias, *ctx.sizes, groups, eps
-        )
+        out, mean, inverse = torch.native_group_norm(inputs, weight, bias, *ctx.sizes, groups, eps)
         ctx.save_for_backward(inputs, mean, inverse)
         ctx.groups, ctx.weight, ctx.bias, ctx.book = groups, weight, bias, book
         return out
@@ -280,4 +278,3 @@ class Spread(Function):  # type: ignore[misc]
         """Note the part."""
         ctx.book.note(ctx.weight, Whole(exact(back)))
         return None, None, None
-

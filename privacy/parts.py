@@ -110,7 +110,7 @@ class Reordered:
     """A part of a weight whose axes stand in another order than the part's."""
 
     def __init__(self, part: Part, shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
-        """Hold a part of `shape`; `axes` says which of its axes the weight's first, second ... is."""
+        """Hold a part of `shape`, of whose axes the weight's are `axes`."""
         self._part, self._shape = part, shape
         self._axes = axes
         self.squares = part.squares
@@ -293,7 +293,7 @@ class Looked:
 
     def each(self) -> torch.Tensor:
         """See `Part.each`."""
-        records, positions, width = self._sums.shape
+        records, _, width = self._sums.shape
         place = torch.arange(records, device=self._ids.device)[:, None] * self._rows
         out = self._sums.new_zeros(records * self._rows, width)
         known = (self._ids.clamp(min=0) + place).flatten()

@@ -162,5 +162,3 @@ def kept_rows(
         torch.where(wide, inputs, torch.zeros_like(inputs)),
         torch.where(keep.to(labels.device), labels, empty),
     )
-
-

@@ -7,7 +7,9 @@ own, so nothing private is given to it: inputs come from `Task.public`, labels a
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,16 +19,36 @@ from torch.nn.modules.conv import _ConvNd
 
 from fedaccord.errors import AccordError
 from fedaccord.privacy import engines
+from fedaccord.privacy.plainly import SEEDS, Plain, raised
 from fedaccord.privacy.plan import SLACK, PrivacyPlan
 from fedaccord.privacy.sampling import MICRO_BATCH, page_shape
 from fedaccord.tasks import Task
 
-SIZES = (1, 2, 3, 8, 17)  # records in a batch
-ROWS = 3 * SIZES[-1]  # synthetic records that a probe needs
+ROWS = 51  # synthetic records that a probe needs: three of its largest batch
 PAGE = 64  # rows of the page that is probed in the plan's precision, where there is no plan
-SEEDS = (1, 2, 3)  # of dropout's masks and other draws in a forward pass
 EXACT = 1e-9  # relative to a gradient's norm, in float64, where nothing at all should differ
 SAME = 1e-6  # the same for batches of different shapes, whose rounding a deep model magnifies
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much a probe tries: of a large model less, since a pass of it takes seconds."""
+
+    sizes: tuple[int, ...] = (1, 2, 3, 8, 17)  # records in a batch
+    seeds: tuple[int, ...] = SEEDS
+    others: int = 4  # records that one is replaced by
+    leaving: int = 3  # records that leave a page, one at a time
+    clips: tuple[float, ...] = (1, 1e-3)  # x max_grad_norm: some gradients whole; all clipped
+
+
+FULL = Extent()
+LARGE = 10**6  # weights from which a model is large
+BRIEF = Extent(sizes=(1, 2, 5), seeds=SEEDS[:1], others=2, leaving=1, clips=(1,))
+
+
+def extent(model: nn.Module) -> Extent:
+    """Say how much a probe of a model tries, by its size."""
+    return FULL if sum(p.numel() for p in model.parameters()) < LARGE else BRIEF
 
 
 def synthetic(task: Task, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,6 +69,7 @@ def probe(
     inputs: torch.Tensor,
     labels: torch.Tensor,
     plan: PrivacyPlan | None = None,
+    page_rows: int = MICRO_BATCH,
 ) -> None:
     """Refuse a model whose steps would not bound a subject's influence by the plan's sensitivity.
 
@@ -62,12 +85,13 @@ def probe(
 
     Args:
         model: to be trained; any dtype and device.
-        engine: "hooks" or "ghost".
+        engine: "bookkeeping", "ghost" or "hooks".
         precision: "float64", "float32" or "bfloat16".
         loss: from outputs (float64) and labels to each record's loss (n,).
         inputs: at least ROWS synthetic records.
         labels: int64, one for each.
         plan: for its clip and slack; 1 and the precision's by default.
+        page_rows: rows of a page at most.
 
     Raises:
         AccordError: the first thing that is wrong, by name.
@@ -79,13 +103,13 @@ def probe(
     inputs, labels = inputs.to(device), labels.to(device)
     double = inputs.double() if inputs.is_floating_point() else inputs
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        plain = _Plain(model, loss)
+        plain, much = Plain(model, loss), extent(model)
         plain.check_repeats(double, labels)
         if engine == "ghost":
             plain.check_once(double, labels)
-        check_neighbours(plain, double, labels)
-        check_gradients(model, plain, engine, double, labels)
-        check_rounding(model, engine, precision, loss, (inputs, labels), plan)
+        check_neighbours(plain, double, labels, much)
+        check_gradients(plain, engine, double, labels, much)
+        check_rounding(model, engine, precision, loss, (inputs, labels), plan, page_rows, much)
 
 
 def refuse_by_name(model: nn.Module, engine: str) -> None:
@@ -118,112 +142,6 @@ def refuse_by_name(model: nn.Module, engine: str) -> None:
                 )
 
 
-class _Plain:
-    """A copy of the model in float64 and training mode, run by plain autograd."""
-
-    def __init__(self, model: nn.Module, loss: engines.Loss) -> None:
-        self.model = copy.deepcopy(model).double().train()
-        self.loss = loss
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-
-    def run(
-        self, inputs: torch.Tensor, labels: torch.Tensor, seed: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute outputs and each record's loss (n,) with the draws of a seed."""
-        torch.manual_seed(seed)
-        try:
-            outputs = self.model(inputs)
-            losses = self.loss(outputs.double(), labels)
-        except Exception as fault:
-            raise _raised(fault) from None
-        if losses.shape != (len(inputs),):
-            raise AccordError(
-                f"model: the loss has shape {list(losses.shape)} for {len(inputs)} records, so it "
-                "couples them. Give each record its own (reduction none)."
-            )
-        return outputs, losses
-
-    def gradient(self, total: torch.Tensor, again: bool = False) -> torch.Tensor:
-        """Flatten the gradient (d,) of a scalar; zero for parameters that it does not reach."""
-        if not total.requires_grad:
-            raise AccordError(
-                "model: the loss does not depend on any trained parameter. Train one."
-            )
-        found = torch.autograd.grad(total, self.trained, retain_graph=again, allow_unused=True)
-        parts = zip(found, self.trained, strict=True)
-        return torch.cat(
-            [torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in parts]
-        )
-
-    def gradients(self, inputs: torch.Tensor, labels: torch.Tensor, seed: int) -> torch.Tensor:
-        """Compute each record's gradient (n, d), in one batch."""
-        losses = self.run(inputs, labels, seed)[1]
-        return torch.stack([self.gradient(loss, again=True) for loss in losses])
-
-    def draws(self, inputs: torch.Tensor, labels: torch.Tensor) -> bool:
-        """Tell whether a forward pass draws random numbers."""
-        with torch.no_grad():
-            runs = [self.run(inputs[:8], labels[:8], seed)[1] for seed in SEEDS]
-        return any(not torch.equal(runs[0], other) for other in runs[1:])
-
-    def without_dropout(self) -> _Plain:
-        """Copy it with every dropout layer at rate 0."""
-        other = _Plain(self.model, self.loss)
-        for module in other.model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = 0.0
-        return other
-
-    def check_repeats(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Refuse a pass that keeps a state, or draws from a generator that is not torch's."""
-        kept = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        with torch.no_grad():
-            one, other = (self.run(inputs[:8], labels[:8], 1)[1] for _ in range(2))
-        for name, buffer in self.model.named_buffers():
-            if not torch.equal(buffer, kept[name]):
-                raise AccordError(
-                    f"model: {name} is a buffer that a forward pass changes, so it would carry "
-                    "records from step to step. Choose a model without it."
-                )
-        if not torch.equal(one, other):
-            raise AccordError(
-                "model: two equal passes differ: it keeps a state, or draws from a generator that "
-                "is not torch's. Use torch's alone."
-            )
-
-    def check_once(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Refuse a layer that a forward pass uses twice."""
-        uses: dict[str, int] = {}
-
-        def count(name: str) -> None:
-            uses[name] = uses.get(name, 0) + 1
-
-        hooks = [
-            module.register_forward_hook(lambda *_, name=name: count(name))
-            for name, module in self.model.named_modules()
-            if any(p.requires_grad for p in module.parameters(recurse=False))
-        ]
-        with torch.no_grad():
-            self.run(inputs[:2], labels[:2], 1)
-        for hook in hooks:
-            hook.remove()
-        for name, times in uses.items():
-            if times > 1:
-                raise AccordError(
-                    f'privacy.engine = "ghost": {name} is used {times} times in a forward pass, '
-                    'and its norm is then not known. Choose the engine "hooks".'
-                )
-
-
-def _raised(fault: Exception) -> AccordError:
-    """Say that the model or the loss raised on synthetic records, which are nobody's."""
-    first = (str(fault) or "nothing said").splitlines()[0][:200]
-    return AccordError(
-        f"model: a pass over synthetic records raised {type(fault).__name__}: {first}. "
-        "Mend the model, or the task's public inputs."
-    )
-
-
 def _replaced(
     inputs: torch.Tensor, labels: torch.Tensor, size: int, place: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -238,15 +156,17 @@ def _replaced(
         yield changed, said
 
 
-def check_neighbours(plain: _Plain, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+def check_neighbours(
+    plain: Plain, inputs: torch.Tensor, labels: torch.Tensor, much: Extent = FULL
+) -> None:
     """Refuse a forward pass or loss in which a record's gradient depends on its neighbours.
 
     Raises:
         AccordError: the gradient of the others' losses moved when one record was replaced.
     """
-    seeds = SEEDS if plain.draws(inputs, labels) else SEEDS[:1]
+    seeds = much.seeds if plain.draws(inputs, labels) else SEEDS[:1]
     for seed in seeds:
-        for size in SIZES[1:]:
+        for size in much.sizes[1:]:
             for place in {0, size // 2, size - 1}:
                 # Numbers without a relation to each other: no two records' changes cancel.
                 weigh = torch.linspace(1, 2, size, dtype=torch.float64).sqrt().to(inputs.device)
@@ -254,7 +174,9 @@ def check_neighbours(plain: _Plain, inputs: torch.Tensor, labels: torch.Tensor) 
                 others = weigh > 0
                 outputs, losses = plain.run(inputs[:size], labels[:size], seed)
                 before = plain.gradient((weigh * losses).sum())
-                for changed, said in _replaced(inputs, labels, size, place):
+                for changed, said in itertools.islice(
+                    _replaced(inputs, labels, size, place), much.others
+                ):
                     outputs_now, losses_now = plain.run(changed, said, seed)
                     after = plain.gradient((weigh * losses_now).sum())
                     forward = _differ(outputs[others], outputs_now[others])
@@ -280,7 +202,7 @@ def _differ(one: torch.Tensor, other: torch.Tensor, bound: float = EXACT) -> boo
 
 
 def check_gradients(
-    model: nn.Module, plain: _Plain, engine: str, inputs: torch.Tensor, labels: torch.Tensor
+    plain: Plain, engine: str, inputs: torch.Tensor, labels: torch.Tensor, much: Extent = FULL
 ) -> None:
     """Refuse an engine whose norms or clipped sums are not plain autograd's, record by record.
 
@@ -289,19 +211,21 @@ def check_gradients(
     """
     quiet = plain.without_dropout()
     if not quiet.draws(inputs, labels):
-        ones = [quiet.gradients(inputs[i : i + 1], labels[i : i + 1], 1) for i in range(SIZES[-1])]
+        ones = [
+            quiet.gradients(inputs[i : i + 1], labels[i : i + 1], 1) for i in range(much.sizes[-1])
+        ]
         singles = torch.cat(ones)
-        for size in SIZES:
+        for size in much.sizes:
             _compare(quiet, engine, singles[:size], inputs[:size], labels[:size], SAME)
         if not plain.draws(inputs, labels):
             return
-    for size in SIZES:
+    for size in much.sizes:
         rows = plain.gradients(inputs[:size], labels[:size], 1)
         _compare(plain, engine, rows, inputs[:size], labels[:size], SAME)
 
 
 def _compare(
-    plain: _Plain,
+    plain: Plain,
     engine: str,
     rows: torch.Tensor,
     inputs: torch.Tensor,
@@ -319,7 +243,7 @@ def _compare(
         torch.manual_seed(1)
         found = parts.clipped_sum(inputs, labels, clip)
     except Exception as fault:
-        raise _raised(fault) from None
+        raise raised(fault) from None
     finally:
         parts.close()
     if not _differ(norms.cpu(), found_norms, bound) and not _differ(wanted, found, bound):
@@ -345,6 +269,8 @@ def check_rounding(
     loss: engines.Loss,
     records: tuple[torch.Tensor, torch.Tensor],
     plan: PrivacyPlan | None,
+    page_rows: int = MICRO_BATCH,
+    much: Extent = FULL,
 ) -> None:
     """Refuse a precision in which one record moves a page's sum by more than the plan covers.
 
@@ -354,11 +280,12 @@ def check_rounding(
     slack = plan.slack if plan else SLACK[precision]
     clip = plan.max_grad_norm if plan else 1.0
     parts = engines.make(engine, copy.deepcopy(model).to(engines.PRECISIONS[precision]), loss)
-    rows = page_shape(plan.normaliser, MICRO_BATCH)[1] if plan else PAGE  # as in training
-    places = torch.from_numpy(np.random.default_rng(0).permutation(rows)[: SIZES[-1]])
+    rows = page_shape(plan.normaliser, page_rows)[1] if plan else PAGE  # as in training
+    there = min(rows, much.sizes[-1])
+    places = torch.from_numpy(np.random.default_rng(0).permutation(rows)[:there])
     inputs, labels = (
         column.new_zeros((rows, *column.shape[1:])).index_copy(
-            0, places.to(column.device), column[: SIZES[-1]]
+            0, places.to(column.device), column[:there]
         )
         for column in records
     )
@@ -376,9 +303,9 @@ def check_rounding(
                 f'privacy.precision = "{precision}": no synthetic record has a finite gradient. '
                 "Choose a finer precision."
             )
-        for bound in (clip, clip / 1000):  # some gradients whole, and every one clipped
+        for bound in (clip * share for share in much.clips):
             whole = page(places, bound)
-            for gone in (0, 8, 16):
+            for gone in {0, there // 2, there - 1} if much.leaving > 1 else {0}:
                 rest = page(torch.cat([places[:gone], places[gone + 1 :]]), bound)
                 own = page(places[gone : gone + 1], bound)
                 others = torch.linalg.vector_norm(whole - rest - own).item() / bound
@@ -392,6 +319,6 @@ def check_rounding(
     except AccordError:
         raise
     except Exception as fault:
-        raise _raised(fault) from None
+        raise raised(fault) from None
     finally:
         parts.close()

@@ -25,7 +25,7 @@ class Book(layers.Book, Protocol):
 
 def _refuse(what: str) -> NotImplementedError:
     return NotImplementedError(
-        f"{what}, of which the engine \"bookkeeping\" does not know each record's gradient"
+        f'{what}, of which the engine "bookkeeping" does not know each record\'s gradient'
     )
 
 
@@ -61,8 +61,8 @@ def _convolution(
     apart = _pair(dilation, images, 1)
     if isinstance(padding, str):
         kernel = tuple(weight.shape[2:]) if images else (1, weight.shape[2])
-        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(apart, kernel, strict=True)]
-        high, across = total
+        same = int(padding == "same")
+        high, across = (same * d * (k - 1) for d, k in zip(apart, kernel, strict=True))
         inputs = functional.pad(
             inputs, (across // 2, across - across // 2, high // 2, high - high // 2)
         )

@@ -170,7 +170,7 @@ def read_csv(content: bytes, header: tuple[str, ...] = ()) -> dict[str, npt.NDAr
         header: names of the columns where the file's first line does not have them.
     """
     rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8"))) if row]
-    titles = header or tuple(rows.pop(0))
+    titles = header or tuple(title.strip() for title in rows.pop(0))
     columns = zip(*rows, strict=True)
     return {
         name: np.array([text.strip() for text in texts])
@@ -179,12 +179,12 @@ def read_csv(content: bytes, header: tuple[str, ...] = ()) -> dict[str, npt.NDAr
 
 
 def held_out(subjects: npt.NDArray[np.int64], task: str) -> npt.NDArray[np.bool_]:
-    """Mark the records of one subject in three, chosen by the SHA-256 of each subject's id alone.
+    """Mark the records of about one subject in three, held out from training.
 
-    A subject with several records is on one side with all of them.
+    A subject's side depends on its own id alone (its SHA-256), so a subject with several records is
+    on one side with all of them, and one more subject at a site moves no other to the other side.
     """
-    found = sorted({int(i) for i in subjects}, key=lambda i: sha256(f"{task}/{i}"))
-    return np.isin(subjects, np.array(found[: len(found) // TEST_SHARE], np.int64))
+    return np.array([int(sha256(f"{task}/{i}"), 16) % TEST_SHARE == 0 for i in subjects], np.bool_)
 
 
 def rows_of(records: Records, chosen: npt.NDArray[np.bool_]) -> Records:

@@ -62,7 +62,7 @@ def test_what_a_forward_pass_writes_into_the_weights_does_not_leave_the_site(eng
     words = np.full((1, 3), 7, np.float32)
     data = Records(words, np.zeros(1, np.int64), np.arange(1), {})
     train.train_private(
-        model, data, plan(), TrainingSection(steps=1, learning_rate=1e-4), engine=engine
+        model, data, plan(), TrainingSection(steps=1, learning_rate=1e-4), how=train.How(engine)
     )
     norms = torch.linalg.vector_norm(model.rows.weight.detach(), dim=1)
     assert norms.min() > 160  # one at 50 would say, without noise, that the word was there
@@ -107,7 +107,7 @@ def test_a_record_that_makes_a_model_raise_halfway_silences_nobody_else(how, eng
         data = Records(inputs[:size], np.arange(size) % 2, np.arange(size), {})
         rate = TrainingSection(steps=3, learning_rate=0.1)
         before = torch.is_grad_enabled()
-        train.train_private(copy.deepcopy(model), data, agreed, rate, Silent, engine)
+        train.train_private(copy.deepcopy(model), data, agreed, rate, Silent, train.How(engine))
         assert torch.is_grad_enabled() == before
         sums.append(np.array(agreed.totals))
     assert np.linalg.norm(sums[0], axis=1).min() > 1
