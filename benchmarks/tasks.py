@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 import tomllib
@@ -26,7 +27,6 @@ import numpy as np
 import tomlkit
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
@@ -151,7 +151,11 @@ def main() -> None:
         table.add_column(column, justify="left" if column in ("training", "of") else "right")
     for row in asked.row or ROWS:
         began = time.monotonic()
-        seeds = [run(asked.task, row, s) for s in track(range(asked.seeds), row, transient=True)]
+        seeds = []
+        for seed in range(asked.seeds):
+            seeds.append(run(asked.task, row, seed))
+            mean = statistics.mean(seeds[-1]["model"][site] for site in large)
+            print(f"{row}, seed {seed}: mean AUC {mean:.4f}", file=sys.stderr, flush=True)
         spent = math.ceil((time.monotonic() - began) / asked.seeds)
         for who in ("model", "student"):
             found = [seed[who] for seed in seeds]

@@ -37,6 +37,7 @@ from fedaccord.client import evaluate as evaluation
 from fedaccord.client.site import Site, home_of, open_site, who
 from fedaccord.errors import AccordError, BudgetError, LedgerError, PolicyError
 from fedaccord.fairness.counts import Counts
+from fedaccord.models.build import trained
 from fedaccord.privacy.chain import Head, read_heads
 from fedaccord.privacy.client_level import COVERS, ClientPlan
 from fedaccord.privacy.noise import OsSource, Source
@@ -223,16 +224,14 @@ def train_and_record(
     site.ledger.intend(run, number, plan, accord.digest, peers)
     records = _read(site, "train")
     if isinstance(plan, PrivacyPlan):
-        how = train.How(site.engine, accord.privacy.precision, accord.privacy.page_rows)
+        how = site.how
         train.train_private(model, records, plan, training, entropy, how)
     elif plan:
         client_level.train_or_stay(model, records, accord, site.name, number)
     elif records is not None:
         client_level.train_plainly(model, records, accord, site.name, number)
     salt = client_level.salt() if isinstance(plan, ClientPlan) else None
-    payload = safetensors.save(
-        {k: v.clone().contiguous() for k, v in model.state_dict().items()}, salt
-    )
+    payload = safetensors.save({k: v.clone().contiguous() for k, v in trained(model).items()}, salt)
     evidence.write_atomic(_release_path(site, run, number), payload)
     site.ledger.release(
         run,
@@ -292,7 +291,7 @@ def _counted(site: Site, model: nn.Module, records: Records | None) -> Mapping[s
     """Count predictions by group; records that cannot be counted are as none."""
     spec, attributes = site.task.spec, site.accord.fairness.attributes
     try:
-        return evaluation.group_counts(model, records, spec, attributes)
+        return evaluation.group_counts(model.to(site.device), records, spec, attributes)
     except Exception:
         diary.log.exception("the records of %s cannot be counted", site.name)
         return evaluation.group_counts(model, None, spec, attributes)

@@ -11,17 +11,18 @@ from torch import nn
 from fedaccord.fairness import counts
 from fedaccord.tasks import Inputs, Records, TaskSpec
 
-BATCH = 1024
+BATCH = 256
 
 
 def predict(model: nn.Module, inputs: Inputs) -> counts.Counts:
     """Predict the class of each record: (n, *shape) to int64 (n,)."""
     model.eval()
+    device = next(model.parameters()).device
     parts = [np.zeros(0, np.int64)]
     with torch.no_grad():
         for start in range(0, len(inputs), BATCH):
-            logits = model(torch.from_numpy(inputs[start : start + BATCH]))
-            parts.append(logits.argmax(dim=1).numpy())
+            logits = model(torch.from_numpy(inputs[start : start + BATCH]).to(device))
+            parts.append(logits.argmax(dim=1).cpu().numpy())
     return np.concatenate(parts)
 
 
@@ -31,7 +32,7 @@ def group_counts(
     """Count evaluation subjects by group, label and prediction, one record of each subject.
 
     Args:
-        model: float32 (n, features) to logits (n, classes).
+        model: inputs (n, ...) to logits (n, classes).
         records: the site's evaluation records, or None where they cannot be read; of a subject with
             several the first one counts.
         spec: the task, for the groups of each attribute.

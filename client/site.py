@@ -11,20 +11,19 @@ from flwr.app import ArrayRecord, Context
 from torch import nn
 
 from fedaccord import accord as accords
-from fedaccord import runs
+from fedaccord import devices, runs
 from fedaccord.accord import Accord
 from fedaccord.client import policy, train
-from fedaccord.errors import AccordError, LedgerError, PolicyError
-from fedaccord.models.build import agreed, build, parameter_count
-from fedaccord.privacy.engines import cross_entropy, resolve
+from fedaccord.client.passes import How
+from fedaccord.client.views import Views
+from fedaccord.errors import AccordError, LedgerError, PolicyError, TaskError
+from fedaccord.models.build import agreed, build, parameter_count, put
+from fedaccord.privacy import engines
 from fedaccord.privacy.ledger import Ledger, Terms
 from fedaccord.privacy.plan import Plan, PrivacyPlan, plan_for
 from fedaccord.privacy.probe import probe, synthetic
 from fedaccord.strategies.client_level import refuse_state
-from fedaccord.tasks import Task, task_of
-
-# Small models are faster on one thread, and results do not depend on how many cores there are.
-THREADS = 1
+from fedaccord.tasks import Task, refuse_missing, task_of
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,26 @@ class Site:
         else:
             student = self.accord.distillation
             model = build(student.model, self.task.spec, student.options, self.accord.seed)
-        model.load_state_dict(weights.to_torch_state_dict(), strict=True)
+        put(model, weights.to_torch_state_dict())
+        devices.settle(parameter_count(model))
         return model
+
+    @property
+    def how(self) -> How:
+        """How this site's records pass through a model."""
+        asked = self.accord.privacy
+        return How(
+            engine=self.engine,
+            precision=asked.precision,
+            page_rows=asked.page_rows,
+            measured=asked.kernels == "measured",
+            device=str(self.device),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where this site's records pass through a model."""
+        return devices.device(self.name, self.accord.privacy.precision)
 
     @property
     def engine(self) -> str:
@@ -71,7 +88,8 @@ class Site:
         if digest not in _engines:
             records = synthetic(self.task, self.accord.seed)
             asked = self.accord.privacy.engine
-            _engines[digest] = resolve(asked, _fresh(self), cross_entropy, *records)[0]
+            model, loss = _viewed(self)
+            _engines[digest] = engines.resolve(asked, model, loss, *records)[0]
         return _engines[digest]
 
     def admit(self, kind: str) -> None:
@@ -84,7 +102,8 @@ class Site:
             kind: "join", "reserve", "train" or "evaluate".
 
         Raises:
-            PolicyError: the policy rules it out; the sentence names the rule.
+            PolicyError: the policy rules it out, or the task's data was not fetched; the sentence
+                names the rule.
         """
         digest, now = self.accord.digest, datetime.now(UTC)
 
@@ -94,6 +113,10 @@ class Site:
             return _parameters[digest]
 
         self.policy.check(self.accord, self.name, kind=kind, parameters=parameters, now=now)
+        try:
+            refuse_missing(self.task)
+        except TaskError as fault:  # else every round would be noise alone
+            raise PolicyError("task", str(fault)) from None
         if digest not in _faults:
             _faults[digest] = _unfit(self)
         if _faults[digest]:
@@ -110,6 +133,13 @@ def _fresh(site: Site) -> nn.Module:
     return agreed(site.accord.model, site.task.spec, site.accord.seed)
 
 
+def _viewed(site: Site) -> tuple[nn.Module, engines.Loss]:
+    """Return a fresh model and the loss as training has them, with the accord's views."""
+    agreed = site.accord.training
+    views = Views(agreed.views, agreed.augmentation)
+    return views.model(_fresh(site)), views.loss(engines.cross_entropy)
+
+
 def _unfit(site: Site) -> str:
     """Say why the accord's model cannot be trained under its plan, or return ""."""
     plan, how, model = site.plan, site.accord.privacy, _fresh(site)
@@ -117,10 +147,13 @@ def _unfit(site: Site) -> str:
         if isinstance(plan, PrivacyPlan):
             train.refuse_unsafe(model)
             records = synthetic(site.task, site.accord.seed)
-            engine = site.engine
-            probe(model, engine, how.precision, cross_entropy, *records, plan, how.page_rows)
+            viewed, loss = _viewed(site)
+            if site.device.type != "mps":  # which has no float64, in which most is compared
+                viewed = viewed.to(site.device)
+            probe(viewed, site.engine, how.precision, loss, *records, plan, how.page_rows)
         elif plan:
             refuse_state(model)
+        devices.settle(parameter_count(model))
     except AccordError as fault:
         return str(fault)
     return ""
@@ -171,7 +204,6 @@ def open_site(accord: Accord, name: str, context: Context) -> Site:
         LedgerError: a ledger that is damaged, altered or another site's, or a folder that cannot
             be used.
     """
-    torch.set_num_threads(THREADS)
     folder = home_of(context) / name
     home = accords.find(str(context.run_config["accord"])).parent
     try:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from opacus.validators import ModuleValidator
 from torch import nn
-from torch.nn import functional
 
 from fedaccord.accord import TrainingSection
 from fedaccord.client.columns import usable
 from fedaccord.client.diary import log
+from fedaccord.client.passes import How, Passes, add_page
+from fedaccord.client.views import Views
 from fedaccord.errors import AccordError
 from fedaccord.privacy import engines
 from fedaccord.privacy.clipping import SubjectOptimizer
 from fedaccord.privacy.noise import OsSource, Source
 from fedaccord.privacy.plan import PrivacyPlan
-from fedaccord.privacy.sampling import EMPTY, MICRO_BATCH, SubjectSampler, pages
+from fedaccord.privacy.sampling import SubjectSampler, pages
 from fedaccord.tasks import Records
 
+USUAL = How()
 MAX_WEIGHT = 100.0  # largest magnitude that a model to be trained privately may hold
 
 
@@ -65,28 +64,13 @@ def refuse_weights(model: nn.Module) -> None:
             )
 
 
-@dataclass(frozen=True)
-class How:
-    """How records pass through a model: no matter for the guarantee, but for time and memory.
-
-    Attributes:
-        engine: a name of `privacy.engines.ENGINES`.
-        precision: of forward and backward passes: "float64", "float32" or "bfloat16".
-        page_rows: records that pass at once, at most.
-    """
-
-    engine: str = "bookkeeping"
-    precision: str = "float64"
-    page_rows: int = MICRO_BATCH
-
-
 def train_private(
     model: nn.Module,
     records: Records | None,
     plan: PrivacyPlan,
     training: TrainingSection,
     entropy: Callable[[], Source] = OsSource,
-    how: How = How(),
+    how: How = USUAL,
 ) -> None:
     """Train a model in place for one round under a plan (DP-SGD, Abadi et al. 2016).
 
@@ -105,7 +89,7 @@ def train_private(
     | subjects that cannot be told apart (a column of another type) | noise alone |
 
     Args:
-        model: float32 model on any device with float64; changed in place.
+        model: on the CPU; changed in place, and held in float64 meanwhile.
         records: the site's training records, or None.
         plan: the site's reserved plan.
         training: steps, learning rate, momentum.
@@ -115,13 +99,12 @@ def train_private(
     Raises:
         AccordError: a layer that the engine cannot take apart, or weights that did not move.
     """  # noqa: E501  (a table row cannot be broken)
-    first = next(model.parameters())
-    device, dtype = first.device, first.dtype
+    dtype, device = next(model.parameters()).dtype, torch.device(how.device)
     model.double()
-    passes = _Passes(model, how, plan.max_grad_norm)
+    views = Views(training.views, training.augmentation)
+    passes = Passes(model, how, views, plan.max_grad_norm)
     trained = [p for p in model.parameters() if p.requires_grad]
-    sgd = torch.optim.SGD(trained, training.learning_rate, training.momentum)
-    optimizer = SubjectOptimizer(sgd, plan)
+    optimizer = SubjectOptimizer(_optimizer(trained, training), plan)
     records, sampler = _indexed(plan, records)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -132,7 +115,7 @@ def train_private(
                 masks = int(source.uniform(1)[0] * 2**53)
                 for page in pages(rows, plan.normaliser, how.page_rows, source):
                     assert records is not None
-                    _add_page(passes, optimizer, records, page, masks)
+                    add_page(passes, optimizer, records, page, masks)
                 before = [] if step else _copies(model)
                 mean = optimizer.noisy_step(source)
                 if step == 0:
@@ -141,48 +124,11 @@ def train_private(
         model.to(dtype)
 
 
-class _Passes:
-    """The copy of a model that runs over pages of records; the model itself never sees one.
-
-    What a pass writes besides gradients would leave the site without noise (an embedding with
-    `max_norm` shortens the rows that it looks up), or change what other records give (a record that
-    makes the model raise halfway leaves it in evaluation mode). So every pass starts from the
-    weights that are held, and from a new copy once one has raised.
-    """
-
-    def __init__(self, model: nn.Module, how: How, max_grad_norm: float) -> None:
-        self._model, self._engine = model, how.engine
-        self._dtype, self._bound = engines.PRECISIONS[how.precision], max_grad_norm
-        self.renew()
-
-    def renew(self) -> None:
-        """Take a new copy of the model."""
-        self._working = copy.deepcopy(self._model).to(self._dtype)
-        self._parts = engines.make(self._engine, self._working)
-
-    def clipped_sum(
-        self, records: Records, page: npt.NDArray[np.int64], masks: int
-    ) -> torch.Tensor:
-        """Sum the clipped gradients of a page's records, dropout's masks drawn from a seed."""
-        self._refresh()
-        torch.default_generator.manual_seed(masks)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed(masks)
-        inputs, labels = _page(records.inputs, page), _page(records.labels, page)
-        keep = torch.from_numpy(page != EMPTY)
-        with torch.enable_grad():
-            return self._parts.clipped_sum(inputs, labels, self._bound, keep)
-
-    def _refresh(self) -> None:
-        """Bring the copy up to the weights that are held in float64, and back to training mode."""
-        self._working.train()
-        with torch.no_grad():
-            for held, used in zip(_tensors(self._model), _tensors(self._working), strict=True):
-                used.copy_(held)
-
-
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def _optimizer(weights: list[nn.Parameter], training: TrainingSection) -> torch.optim.Optimizer:
+    """Make the optimiser of a round; under a plan it sees released gradients alone."""
+    if training.optimizer == "adam":
+        return torch.optim.Adam(weights, training.learning_rate)
+    return torch.optim.SGD(weights, training.learning_rate, training.momentum)
 
 
 def _copies(model: nn.Module) -> list[torch.Tensor]:
@@ -228,41 +174,6 @@ def _indexed(plan: PrivacyPlan, records: Records | None) -> tuple[Records | None
     return None, plan.sampler(np.zeros(0, np.int64))
 
 
-def _add_page(
-    passes: _Passes,
-    optimizer: SubjectOptimizer,
-    records: Records,
-    page: npt.NDArray[np.int64],
-    masks: int,
-) -> None:
-    """Add the clipped gradients of a page's records; a record that raises contributes zero.
-
-    Of a page that raises, each half is tried with the other half's places empty, until the record
-    that raises is alone, so that one subject's record never removes the others. The shape of the
-    page, the places on it and dropout's masks stay as they were.
-    """
-    held = np.flatnonzero(page != EMPTY)
-    if len(held) == 0:
-        return
-    try:
-        optimizer.add(passes.clipped_sum(records, page, masks))
-    except Exception as fault:  # any fault of the data; the site's own diary has it
-        log.warning("%d records raised %s", len(held), type(fault).__name__)
-        passes.renew()
-        half = len(held) // 2
-        for others in (held[half:], held[:half]) if half else ():
-            part = page.copy()
-            part[others] = EMPTY
-            _add_page(passes, optimizer, records, part, masks)
-
-
-def _page(column: npt.NDArray[np.generic], page: npt.NDArray[np.int64]) -> torch.Tensor:
-    """Lay a column of the records out on a page; places without a record hold zeros."""
-    laid = np.zeros((len(page), *column.shape[1:]), column.dtype)
-    laid[page != EMPTY] = column[page[page != EMPTY]]
-    return torch.from_numpy(laid)
-
-
 def train_plain(
     model: nn.Module,
     records: Records,
@@ -284,7 +195,10 @@ def train_plain(
         source: seeded, so that equal runs give equal models.
     """
     device = next(model.parameters()).device
-    optimizer = torch.optim.SGD(model.parameters(), training.learning_rate, training.momentum)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = _optimizer(trained, training)
+    views = Views(training.views, training.augmentation)
+    seen, loss = views.model(model.train()), views.loss(engines.cross_entropy)
     sampler = SubjectSampler(records.subjects, sampling_prob)
     for _ in range(training.steps):
         rows = sampler.draw(source)
@@ -293,8 +207,7 @@ def train_plain(
         inputs = torch.from_numpy(records.inputs[rows]).to(device)
         labels = torch.from_numpy(records.labels[rows]).to(device)
         optimizer.zero_grad()
-        loss = functional.cross_entropy(model(inputs), labels, reduction="sum")
-        (loss / normaliser).backward()
+        (loss(seen(inputs), labels).sum() / normaliser).backward()
         optimizer.step()
 
 

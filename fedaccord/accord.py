@@ -83,6 +83,8 @@ class TrainingSection(Section):
     optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: float = Field(gt=0, le=1_000)
     momentum: float = Field(default=0.0, ge=0, lt=1)
+    views: int = Field(default=1, ge=1, le=64)
+    augmentation: Literal["none", "noise", "shift", "shift-flip"] = "none"
 
 
 class StrategySection(Section):
@@ -90,6 +92,7 @@ class StrategySection(Section):
 
     name: StrategyName = "fedavg"
     max_update_norm: float = Field(default=100.0, gt=0)
+    averaging: float = Field(default=0.0, ge=0, lt=1)
 
 
 class PrivacySection(Section):
@@ -105,6 +108,7 @@ class PrivacySection(Section):
     engine: Literal["auto", "bookkeeping", "ghost", "hooks"] = "auto"
     precision: Literal["float64", "float32", "bfloat16"] = "float64"
     page_rows: int = Field(default=256, ge=1, le=65_536)
+    kernels: Literal["measured", "fixed"] = "measured"
     unit: Literal["subject", "client"] = "subject"
     clipping_norm: float | None = Field(default=None, ge=1e-9, le=1e6)
     target_quantile: float | None = Field(default=None, gt=0, lt=1)

@@ -156,7 +156,7 @@ def _agreement(
     said = {
         "Accord": [agreed.name],
         "Purpose": [agreed.purpose],
-        "Task": [f"{agreed.task.name}: {task.spec.source}"],
+        "Task": [f"{agreed.task.name}: {task.spec.source}", *_read(agreed, folder)],
         "Sites": [f"{s}{' (this site)' if s == name else ''}" for s in agreed.roster],
         "Declared": [
             f"{_count(here.subjects, 'training subject')}, {_count(here.records or 0, 'record')}"
@@ -184,6 +184,19 @@ def _agreement(
                 Text(_plain(line)),
             )
     return table, refusals
+
+
+def _read(agreed: Accord, folder: Path) -> list[str]:
+    """Say which file an accord on the site's own data reads, and what it takes from it."""
+    from fedaccord.accord_task import OwnSection
+
+    task = agreed.task
+    if not isinstance(task, OwnSection):
+        return []
+    return [
+        f"reads {task.file} in {folder / 'data' / task.dataset}, or in the folder {task.dataset} "
+        f"of what the node config names as data; columns: {', '.join(task.columns)}"
+    ]
 
 
 def _budget(

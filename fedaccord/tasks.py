@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from fedaccord import registry
+from fedaccord import data, registry
 from fedaccord.accord import Accord
 from fedaccord.accord_task import TaskSection
 from fedaccord.errors import AccordError
@@ -141,6 +141,18 @@ def task_of(accord: Accord, home: Path, data: Path | None = None) -> Task:
     from fedaccord.own import OwnTask
 
     return OwnTask(accord.task, tuple(accord.roster), home, data)
+
+
+def refuse_missing(task: Task) -> None:
+    """Refuse a task whose data was not fetched, before a round would be spent on noise alone.
+
+    A task names what it reads of the cache in `needs`. Files are looked for and not read.
+
+    Raises:
+        TaskError: the first one that is not on this machine; the message says how to fetch it.
+    """
+    for name in getattr(task, "needs", ()):
+        data.path(name)
 
 
 def check_fits(accord: Accord, task: Task) -> None:

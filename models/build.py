@@ -96,9 +96,24 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights that training changes, by name, in order: only these travel.
+    """Return what training changes of a model, by name, in order: only this travels.
 
-    They are the model's own tensors, not copies. The others are the same at every site: they come
-    from the seed and the pretrained weights.
+    That is all of its state but the weights that are frozen, which are the same at every site:
+    they come from the seed and the pretrained weights. They are the model's own tensors, no copies.
     """
-    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    every = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, value in every if not value.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def put(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put weights that travelled into a model; its frozen weights stay.
+
+    Raises:
+        RuntimeError: other names or shapes than those of `trained`.
+    """
+    mine = trained(model)
+    if mine.keys() != weights.keys():
+        odd = sorted(mine.keys() ^ weights.keys())
+        raise RuntimeError(f"weights by other names: {', '.join(odd[:5])}")
+    model.load_state_dict(weights, strict=False)

@@ -3,7 +3,7 @@
 | what Hugging Face does | what is done here |
 |---|---|
 | looks positions and token types up once for the whole batch | passes ids (batch, places) |
-| leaves the mask out where no text of the batch is padded, so that rounding depends on neighbours | passes a whole mask, always |
+| leaves the mask out where no text of the batch is padded: another kernel, chosen by the neighbours | passes a whole mask, always |
 | GPT-2: a linear layer of its own class (Conv1D), unknown to Opacus | nn.Linear, the same function |
 | an embedding without gradient in its padding row, which Opacus does not know of | any row may have one; a masked place has none anyway |
 | persistent buffers | not persistent: they hold no weights |

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,28 +102,18 @@ def place(name: str) -> Path:
 
 def _hub(name: str) -> Path:
     """Find a model of the Hugging Face hub in its cache, or download it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from transformers.utils import cached_file
 
-    files = list(FILES)
-    try:
-        found = Path(snapshot_download(name, allow_patterns=files, local_files_only=True))
-        if all((found / file).is_file() for file in files):
-            return found
-    except (LocalEntryNotFoundError, OSError):
-        pass
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise AccordError(
-            f'model.pretrained = "{name}" is not in the hub\'s cache, and HF_HUB_OFFLINE is set. '
-            "Unset it, or give a folder that holds the model."
-        )
-    try:
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as fault:  # no connection, no such model, one that asks for a licence
-        raise AccordError(
-            f'model.pretrained = "{name}" cannot be had from the hub ({type(fault).__name__}). '
-            "Mend the name or the connection, or give a folder that holds the model."
-        ) from None
+    for only_here in (True, False):
+        try:
+            places = [cached_file(name, file, local_files_only=only_here) for file in FILES]
+            return Path(str(places[0])).parent
+        except OSError as fault:  # no connection, no such model, one that asks for a licence
+            said = str(fault).splitlines()[0][:200]
+    raise AccordError(
+        f'model.pretrained = "{name}" is not in the hub\'s cache and cannot be fetched: {said} '
+        "Mend the name or the connection, or give a folder that holds the model."
+    )
 
 
 def load_file(model: nn.Module, pretrained: Pretrained) -> None:

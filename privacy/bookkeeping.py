@@ -114,8 +114,6 @@ def _fastest(ways: dict[str, Callable[[], Part]], ones: torch.Tensor) -> str:
 class BookkeepingEngine(PageEngine):
     """One forward and one backward pass a page; see the module."""
 
-    measured = True  # kernels are chosen by measuring; tests and reproducible runs turn it off
-
     def _hook(self, model: nn.Module) -> Any:
         self._names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
         return model
@@ -123,7 +121,7 @@ class BookkeepingEngine(PageEngine):
     def _run(self, inputs: torch.Tensor, labels: torch.Tensor) -> list[tuple[str, Part | None]]:
         """Run forwards and backwards; the part of each trained weight, or None where none came."""
         self._forget()  # what somebody else left there
-        watch = Watch(self._names, len(inputs), self.measured)
+        watch = Watch(self._names, len(inputs), self._measured)
         with torch.enable_grad():
             with watch:
                 losses = self._losses(inputs, labels)

@@ -29,19 +29,23 @@ ENGINES: dict[str, type[PageEngine]] = {
 }
 
 
-def make(engine: str, model: nn.Module, loss: Loss = cross_entropy) -> Engine:
+def make(
+    engine: str, model: nn.Module, loss: Loss = cross_entropy, measured: bool = True
+) -> Engine:
     """Hook an engine to a model; the model's dtype is the precision of its passes.
 
     Args:
         engine: a name of ENGINES.
         model: of any of PRECISIONS; put into training mode.
         loss: from outputs, as float64, and labels to each record's loss (n,).
+        measured: whether "bookkeeping" chooses its kernels by measuring them, once for each shape
+            in a process; else by rule, so that equal runs round equally on one machine.
 
     Raises:
         AccordError: a layer that the engine cannot take apart.
     """
     try:
-        return ENGINES[engine](model, loss)
+        return ENGINES[engine](model, loss, measured)
     except NotImplementedError as fault:  # Opacus' word for a layer that it cannot take apart
         first = str(fault).splitlines()[0]
         raise AccordError(f"model: {first} Choose a model without it.") from None

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fedaccord.privacy.parts import wide
+
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Page = tuple[torch.Tensor, torch.Tensor]  # inputs and labels, a row a place
 Keep = torch.Tensor | None  # bool (n,): which rows hold a record; None: all
@@ -80,7 +82,8 @@ class Engine(Protocol):
 class PageEngine(ABC):
     """What the engines share: a pass over a page, and a model left clean after it."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, measured: bool = True) -> None:
+        self._measured = measured
         self._model = self._hook(model).train()
         self._loss = loss
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -125,7 +128,8 @@ class PageEngine(ABC):
         """Run the model forwards; each record's loss, float64 (n,)."""
         place = self._place if inputs.is_floating_point() else {"device": self._place["device"]}
         outputs = self._model(inputs.to(**place))
-        losses = self._loss(outputs.to(torch.float64), labels.to(self._place["device"]))
+        where = wide(outputs.device)
+        losses = self._loss(outputs.to(where).to(torch.float64), labels.to(where))
         if losses.shape != (len(inputs),):
             raise ValueError(f"the loss has shape {list(losses.shape)}, not one figure a record")
         return losses

@@ -207,7 +207,7 @@ def plan_record(place: Place, plan: Plan | None) -> dict[str, Any]:
 def finish(coordinator: Coordinator, reason: str) -> None:
     """Write the models, collect the ledgers, close the run's evidence."""
     folder, student = coordinator.folder, coordinator.student
-    folder.write("model.safetensors", checkpoint.weights_bytes(coordinator.model))
+    folder.write("model.safetensors", checkpoint.weights_bytes(coordinator.shown))
     if student is not None:
         weights = checkpoint.weights_of(student)
         folder.write("student.safetensors", checkpoint.weights_bytes(weights))
@@ -225,7 +225,7 @@ def finish(coordinator: Coordinator, reason: str) -> None:
             "stop": "finished",
             "reason": reason,
             "rounds": coordinator.finished,
-            "model": checkpoint.weights_digest(coordinator.model),
+            "model": checkpoint.weights_digest(coordinator.shown),
             "student": checkpoint.weights_digest(checkpoint.weights_of(student))
             if student
             else None,

@@ -12,14 +12,15 @@ from torch import nn
 
 from fedaccord.errors import EvidenceError
 from fedaccord.evidence import canonical_json, sha256, write_atomic
+from fedaccord.models.build import trained
 from fedaccord.server.gates import Weights
 
 LATEST = "checkpoints/latest.safetensors"
 
 
 def weights_of(module: nn.Module) -> Weights:
-    """Copy a module's weights into numpy arrays by name."""
-    return {name: value.numpy().copy() for name, value in module.state_dict().items()}
+    """Copy what training changes of a module into numpy arrays by name."""
+    return {name: value.numpy().copy() for name, value in trained(module).items()}
 
 
 def weights_bytes(weights: Weights, **about: str) -> bytes:

@@ -10,7 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from fedaccord.accord import DistillationSection
+from fedaccord.models.build import put
 from fedaccord.server.gates import Weights
+
+ROWS = 256  # of the proxy set that pass at once
 
 
 def teach(teacher: nn.Module, weights: list[Weights], proxy: torch.Tensor) -> torch.Tensor:
@@ -27,8 +30,9 @@ def teach(teacher: nn.Module, weights: list[Weights], proxy: torch.Tensor) -> to
     total = torch.zeros(())
     with torch.no_grad():
         for site in weights:
-            teacher.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in site.items()})
-            total = total + functional.softmax(teacher.eval()(proxy), dim=1)
+            put(teacher, {k: torch.from_numpy(np.array(v)) for k, v in site.items()})
+            logits = [teacher.eval()(part) for part in proxy.split(ROWS)]
+            total = total + functional.softmax(torch.cat(logits), dim=1)
     return total / len(weights)
 
 

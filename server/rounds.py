@@ -16,10 +16,10 @@ from flwr.serverapp.strategy import Strategy
 
 from fedaccord.accord import Accord
 from fedaccord.fairness.federation import audit_sites
-from fedaccord.models.build import build
+from fedaccord.models.build import agreed
 from fedaccord.privacy.plan import Plan
 from fedaccord.runs import RunFolder
-from fedaccord.server import admission, checkpoint, distillation, gates
+from fedaccord.server import admission, averages, checkpoint, distillation, gates
 from fedaccord.server.admission import Place
 from fedaccord.server.gates import Verdict, Weights
 from fedaccord.server.heads import Heads
@@ -40,6 +40,8 @@ class Coordinator:
     heads: Heads
     model: Weights
     student: torch.nn.Module | None
+    teacher: torch.nn.Module | None = None  # a model of the global architecture, made when needed
+    averaged: Weights | None = None  # over rounds, where the accord wants it
     number: int = 0
     finished: int = 0
     mechanism: dict[str, Any] | None = None  # what the round's noised mean says of itself
@@ -117,7 +119,16 @@ class Coordinator:
         }
         self.mechanism = dict(said) if self.client_level and said else None
         self.finished += 1
+        if self.accord.strategy.averaging:
+            self.averaged = averages.follow(
+                self.averaged, self.model, self.accord.strategy.averaging, self.finished
+            )
         return [verdict.site for verdict, _ in good]
+
+    @property
+    def shown(self) -> Weights:
+        """The model that is audited and deployed: the round's, or the average over rounds."""
+        return self.model if self.averaged is None else self.averaged
 
     def weights(self) -> dict[str, int]:
         """Each site's weight in the mean: its declared size, or 1 under client-level privacy."""
@@ -136,9 +147,9 @@ class Coordinator:
             return None
         seed = self.accord.seed
         proxy = torch.from_numpy(self.task.public(settings.proxy_rows, seed))
-        agreed = self.accord.model
-        teacher = build(agreed.name, self.task.spec, agreed.options, seed)
-        targets = distillation.teach(teacher, teachers, proxy)
+        if self.teacher is None:
+            self.teacher = agreed(self.accord.model, self.task.spec, seed)
+        targets = distillation.teach(self.teacher, teachers, proxy)
         before, after = distillation.distil(
             self.student, proxy, targets, settings, seed + self.number
         )
@@ -147,7 +158,7 @@ class Coordinator:
     def audit(self) -> dict[str, Any]:
         """Step 6: have every site count both models' predictions by group, and work out figures."""
         content = RecordDict({"config": ConfigRecord(self._about())})
-        content["model"] = gates.to_arrays(self.model)
+        content["model"] = gates.to_arrays(self.shown)
         if self.student is not None:
             content["student"] = gates.to_arrays(checkpoint.weights_of(self.student))
         nodes = [place.node for place in self.places]
@@ -184,7 +195,7 @@ class Coordinator:
     ) -> None:
         """Step 7: checkpoint atomically, then append the round to the evidence."""
         student = None if self.student is None else checkpoint.weights_of(self.student)
-        checkpoint.save(self.folder.path, self.number, self.model, student)
+        checkpoint.save(self.folder.path, self.number, self.shown, student)
         replies: dict[str, dict[str, Any]] = {}
         for verdict, _ in verdicts:
             said: dict[str, Any] = {"accepted": not verdict.reason, "reason": verdict.reason}
@@ -203,7 +214,7 @@ class Coordinator:
                 "replies": replies,
                 "aggregated": accepted,
                 "weights": {site: self.weights()[site] for site in accepted},
-                "model": checkpoint.weights_digest(self.model),
+                "model": checkpoint.weights_digest(self.shown),
                 "student": checkpoint.weights_digest(student) if student else None,
                 "distillation": lesson,
                 "audit": audit,

@@ -105,11 +105,11 @@ def _sites() -> dict[str, Records]:
     raw = declared.read_csv(gzip.decompress(data.read("adult")), HEADER)
     records = Records(
         inputs=declared.encode(SCHEMA, columns_of(raw), "adult"),
-        labels=(raw["income"] == ">50K").astype(np.int64),
+        labels=declared.index(raw["income"], ("<=50K", ">50K"), "adult.income"),
         subjects=np.arange(len(raw["income"])),
         groups={
-            "sex": np.argmax(raw["sex"][:, None] == np.array(SEXES), axis=1),
-            "race": np.argmax(raw["race"][:, None] == np.array(RACES), axis=1),
+            "sex": declared.index(raw["sex"], SEXES, "adult.sex"),
+            "race": declared.index(raw["race"], RACES, "adult.race"),
         },
     )
     return {
@@ -127,6 +127,7 @@ class Adult:
     """
 
     sites = SITES
+    needs = ("adult",)
     spec = TaskSpec(
         name="adult",
         features=declared.names(SCHEMA),

@@ -210,6 +210,7 @@ class ClinicalText:
     """
 
     sites = SITES
+    needs = ("clinical-text", "minilm")
 
     def __init__(
         self,
@@ -267,9 +268,11 @@ class ClinicalText:
             known = ", ".join(SITES)
             raise TaskError(f'clinical-text: site "{name}" is not one of {known}. Rename it.')
         part = _tokenised(self._tokens, self._mask)[name]
-        count = min(self._sentences, len(part["labels"]))
-        cut = count // TEST_SHARE
-        return SiteData(train=_records(part, slice(cut, count)), test=_records(part, slice(0, cut)))
+        cut = len(part["labels"]) // TEST_SHARE
+        return SiteData(
+            train=_records(part, slice(cut, cut + self._sentences)),
+            test=_records(part, slice(0, min(cut, self._held_out))),
+        )
 
     def public(self, rows: int, seed: int) -> npt.NDArray[np.int64]:
         """Draw proxy sentences of Wikipedia, persons masked, with repetition."""

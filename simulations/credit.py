@@ -88,10 +88,10 @@ def _sites() -> dict[str, Records]:
     ages = declared.numbers(raw["AGE"])
     records = Records(
         inputs=declared.encode(SCHEMA, columns_of(raw), "credit"),
-        labels=raw["default-payment-next-month"].astype(np.int64),
+        labels=declared.index(raw["default-payment-next-month"], ("0", "1"), "credit.default"),
         subjects=customers,
         groups={
-            "sex": raw["SEX"].astype(np.int64),
+            "sex": declared.index(raw["SEX"], ("0", "1"), "credit.SEX"),
             "age": np.searchsorted(np.array(list(AGES.values())), ages, side="right"),
         },
     )
@@ -108,6 +108,7 @@ class Credit:
     """
 
     sites = SITES
+    needs = ("credit",)
     spec = TaskSpec(
         name="credit",
         features=declared.names(SCHEMA),

@@ -187,6 +187,21 @@ def held_out(subjects: npt.NDArray[np.int64], task: str) -> npt.NDArray[np.bool_
     return np.array([int(sha256(f"{task}/{i}"), 16) % TEST_SHARE == 0 for i in subjects], np.bool_)
 
 
+def index(texts: Column, values: tuple[str, ...], what: str) -> npt.NDArray[np.int64]:
+    """Give each text its place among the declared values: a label or a group.
+
+    Raises:
+        TaskError: a text that is none of them, which `what` names.
+    """
+    found = texts[:, None] == np.array(values)
+    if not found.any(axis=1).all():
+        unknown = texts[~found.any(axis=1)][0]
+        raise TaskError(
+            f'{what} = "{unknown}" is not one of {", ".join(values)}. Fetch the task\'s data again.'
+        )
+    return found.argmax(axis=1).astype(np.int64)
+
+
 def rows_of(records: Records, chosen: npt.NDArray[np.bool_]) -> Records:
     """Keep the chosen records."""
     return Records(

@@ -16,6 +16,9 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedaccord import accord as accords
+from fedaccord.tasks import refuse_missing, task_of
+
 RUN_ID = 1
 FIRST_NODE = 1000
 Config = dict[str, bool | float | int | str]
@@ -196,10 +199,12 @@ def simulate(
         on_reply: called with every reply.
 
     Raises:
-        FedAccordError: as the ServerApp.
+        FedAccordError: as the ServerApp; or the task's data was not fetched.
     """
     from fedaccord.client.app import app as client_app
     from fedaccord.server.app import app as server_app
 
+    agreed = accords.load(accord)
+    refuse_missing(task_of(agreed, accords.find(accord).parent))
     config: Config = {"accord": str(accord), "run": str(run), "sites": str(sites.resolve())}
     run_in_process(server_app, client_app, nodes, config, on_reply)

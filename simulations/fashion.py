@@ -133,6 +133,8 @@ class Fashion:
     Citation: Xiao, Rasul and Vollgraf, Fashion-MNIST, 2017, arXiv:1708.07747, MIT licence.
     """
 
+    needs = ("fashion",)
+
     def __init__(self, shops: int = 5, alpha: float = 1.0) -> None:
         """Declare the shops; nothing is read.
 

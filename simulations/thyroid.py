@@ -95,12 +95,11 @@ def _sites() -> dict[str, Records]:
     raw = declared.read_csv(data.read("thyroid"))
     kept = declared.numbers(raw["age"]) <= OLDEST
     raw = {name: texts[kept] for name, texts in raw.items()}
-    sexes = np.array(list(SEXES.values()))
     records = Records(
         inputs=declared.encode(SCHEMA, columns_of(raw), "thyroid"),
         labels=(raw["target"] != "-").astype(np.int64),
         subjects=raw["patient_id"].astype(np.int64),
-        groups={"sex": np.argmax(raw["sex"][:, None] == sexes, axis=1)},
+        groups={"sex": declared.index(raw["sex"], tuple(SEXES.values()), "thyroid.sex")},
     )
     return {
         site: declared.rows_of(records, raw["referral_source"] == source)
@@ -118,6 +117,7 @@ class Thyroid:
     """
 
     sites = SITES
+    needs = ("thyroid",)
     spec = TaskSpec(
         name="thyroid",
         features=declared.names(SCHEMA),

@@ -92,6 +92,10 @@ OTHERS = {
     "privacy.unit": "client",
     "privacy.engine": "ghost",
     "privacy.precision": "float32",
+    "privacy.kernels": "fixed",
+    "training.optimizer": "adam",
+    "training.augmentation": "noise",
+    "model.sha256": "1" * 64,
     "fairness.attributes": ["sex", "age"],
     "task.options": {"a": 1},
     **{f"sites.{n}.subjects": 50 for n in range(4)},  # above its records is refused
@@ -105,6 +109,8 @@ CLIENT = {"unit": "client", "clipping_norm": 1.0, "target_quantile": 0.5, "count
 def around(path: str) -> dict[str, Any]:
     """The full accord, with the unit of privacy that a key belongs to."""
     full = copy.deepcopy(FULL)
+    if path in ("model.pretrained", "model.sha256"):  # both or none
+        full["model"] |= {"pretrained": "minilm", "sha256": "0" * 64}
     if path in {f"privacy.{key}" for key in (*CLIENT, "clipping_learning_rate")}:
         full["privacy"] |= {"enabled": False} if path == "privacy.unit" else CLIENT
     return full
@@ -171,7 +177,7 @@ FAULTS = [
         "training.learnig_rate",
         0.1,
         'key "training.learnig_rate" is not known. Did you mean "learning_rate"? Known here: '
-        "steps, learning_rate, momentum.",
+        "steps, optimizer, learning_rate, momentum, views, augmentation.",
     ),
     ("privacy.epsilon", 3.0, 'Did you mean "max_epsilon"?'),
     ("seeed", 1, 'key "seeed" is not known. Did you mean "seed"?'),
@@ -274,7 +280,7 @@ def test_a_fault_is_one_line_with_parameter_value_bound_and_remedy(
 
 
 def test_each_of_several_faults_has_its_own_line() -> None:
-    data = edited("rounds.rounds", -1, edited("model.name", "cnn2d", edited("privacy.delta", 2)))
+    data = edited("rounds.rounds", -1, edited("model.name", "cnn3d", edited("privacy.delta", 2)))
     assert [line.split(" = ")[0].split(": ")[1] for line in refusal(data).splitlines()] == [
         "model.name",
         "rounds.rounds",
@@ -343,4 +349,4 @@ def test_a_file_that_is_not_there_is_refused_and_the_bundled_names_are_listed(wh
     with pytest.raises(AccordError) as caught:
         accords.load(where)
     assert str(caught.value).startswith(f'accord "{where}"')
-    assert "(heart)" in str(caught.value) or "cannot be read" in str(caught.value)
+    assert "heart, thyroid)" in str(caught.value) or "cannot be read" in str(caught.value)

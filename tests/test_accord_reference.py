@@ -45,7 +45,7 @@ def documented() -> dict[str, str]:
     table, block = "", ""
     for line in TEXT.splitlines():
         header = re.match(r"\[+([a-z]+)\]+\s*(?:# (.*))?$", line)
-        key = re.match(r"(?:# )?([a-z_]+) = (.+?)(?:\s+# (.*))?$", line)
+        key = re.match(r"(?:# )?([a-z_0-9]+) = (.+?)(?:\s+# (.*))?$", line)
         if header:
             table, block = header[1], block + (header[2] or "")
         elif key:

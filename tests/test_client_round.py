@@ -20,7 +20,7 @@ from wards import Silent
 
 from fedaccord import accord as accords
 from fedaccord.client import app, policy
-from fedaccord.client.site import THREADS, Site
+from fedaccord.client.site import Site
 from fedaccord.errors import BudgetError, LedgerError
 from fedaccord.models.build import build
 from fedaccord.privacy.ledger import Cap, Ledger, spent
@@ -29,7 +29,7 @@ from fedaccord.simulations.heart import Heart
 from fedaccord.tasks import Records, SiteData
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-torch.set_num_threads(THREADS)  # as a site does
+torch.set_num_threads(1)  # as a site does for a small model
 
 DECLARED = {
     "name": "small",

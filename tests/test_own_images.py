@@ -110,7 +110,7 @@ def test_another_size_is_stretched_or_its_middle_is_cut_out(
     save(wide, tmp_path / "north" / "a.png")
     found = one(tmp_path, fit=fit)[0]
     assert found.shape == (8, 8)
-    assert (found[:, 3:5] == 1).all()
+    assert (found[:, 3:5] > 0.9).all()
     assert (found[:, 1:7].min() == 1) == middle  # antialiasing blurs the very edge
     assert (found[:, 0].max() < -0.99) != middle
 

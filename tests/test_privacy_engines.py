@@ -22,6 +22,11 @@ ENGINES = list(engines.ENGINES)
 N = 9
 
 
+def make(engine, model):
+    """Hook an engine to a model, with kernels by rule: which one is fastest is no matter here."""
+    return engines.make(engine, model, measured=False)
+
+
 class Words(nn.Module):
     """Embedding and mean over positions."""
 
@@ -72,6 +77,7 @@ LAYERS = {
     "LayerNorm over a grid": (lambda: image(nn.LayerNorm((3, 4)), width=12), (3, 4)),
     "Embedding": (Words, None),
 }
+PAIRS = [(n, e) for n in LAYERS for e in ENGINES if (n, e) != ("Conv3d", "bookkeeping")]
 
 
 def case(name):
@@ -98,15 +104,14 @@ def clipped(rows, bound):
     return (rows * (bound / norms.clamp(min=bound))[:, None]).sum(dim=0)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "engine"), PAIRS)
 def test_norms_and_clipped_sums_are_those_of_batches_of_one_without_opacus(name, engine):
     model, inputs, labels = case(name)
     rows = one_by_one(model, inputs, labels)
     norms = torch.linalg.vector_norm(rows, dim=1)
     bound = norms.median().item()
     assert norms.min() < bound < norms.max()  # some are clipped and some are not
-    parts = engines.make(engine, model)
+    parts = make(engine, model)
     torch.testing.assert_close(parts.norms(inputs, labels), norms, rtol=1e-9, atol=1e-9)
     got = parts.clipped_sum(inputs, labels, bound)
     assert got.dtype == torch.float64
@@ -122,31 +127,29 @@ def test_ghost_norms_are_opacus_own_ghost_norms(name):
     opacus.cleanup()
     for parameter in model.parameters():
         parameter.grad = None
-    got = engines.make("ghost", model).norms(inputs, labels)
+    got = make("ghost", model).norms(inputs, labels)
     torch.testing.assert_close(got, norms, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "engine"), PAIRS)
 def test_records_that_are_not_kept_contribute_zero_and_change_no_other(name, engine):
     model, inputs, labels = case(name)
     rows = one_by_one(model, inputs, labels)
     keep = torch.arange(N) % 3 != 1
-    parts = engines.make(engine, model)
+    parts = make(engine, model)
     got = parts.clipped_sum(inputs, labels, 0.1, keep)
     torch.testing.assert_close(got, clipped(rows[keep], 0.1), rtol=1e-9, atol=1e-9)
     assert not parts.clipped_sum(inputs, labels, 0.1, keep & False).any()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan"), 1e308])
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "Embedding"])
+@pytest.mark.parametrize(("name", "engine"), [pair for pair in PAIRS if pair[0] != "Embedding"])
 def test_a_gradient_that_is_not_finite_contributes_zero_and_changes_no_other(name, engine, bad):
     model, inputs, labels = case(name)
     others = torch.arange(N) != 4
     expected = clipped(one_by_one(model, inputs[others], labels[others]), 0.1)
     inputs[4] = bad
-    got = engines.make(engine, model).clipped_sum(inputs, labels, 0.1)
+    got = make(engine, model).clipped_sum(inputs, labels, 0.1)
     apart = torch.linalg.vector_norm(got - expected).item()
     # With 1e308 a normalised gradient may be finite: then it contributes its clipped self.
     assert apart <= (0.1 if bad == 1e308 else 0) + 1e-9
@@ -157,7 +160,7 @@ def test_under_dropout_a_bad_record_leaves_the_others_their_masks(engine):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 40), nn.Dropout(), nn.ReLU(), nn.Linear(40, 3)).double()
     inputs, labels = torch.randn(N, 6).double(), torch.arange(N) % 3
-    parts = engines.make(engine, model)
+    parts = make(engine, model)
     torch.manual_seed(5)
     expected = parts.clipped_sum(inputs, labels, 0.1, torch.arange(N) != 4)
     inputs[4, 0] = float("nan")
@@ -171,7 +174,7 @@ def test_under_dropout_a_bad_record_leaves_the_others_their_masks(engine):
 @pytest.mark.parametrize("name", LAYERS)
 def test_an_empty_batch_sums_to_zeros(name, engine):
     model, inputs, labels = case(name)
-    got = engines.make(engine, model).clipped_sum(inputs[:0], labels[:0], 1.0)
+    got = make(engine, model).clipped_sum(inputs[:0], labels[:0], 1.0)
     assert got.tolist() == [0.0] * sum(p.numel() for p in model.parameters())
 
 
@@ -179,7 +182,7 @@ def test_an_empty_batch_sums_to_zeros(name, engine):
 @pytest.mark.parametrize("fault", ["label", "shape", "backwards", "word"])
 def test_a_pass_that_raises_leaves_nothing_behind(engine, fault):
     model, inputs, labels = case("Embedding" if fault == "word" else "Linear")
-    parts = engines.make(engine, model)
+    parts = make(engine, model)
     expected = parts.clipped_sum(inputs, labels, 0.1)
     if fault == "label":
         broken = (inputs, labels + 2)
@@ -203,7 +206,7 @@ def test_a_closed_engine_leaves_a_model_without_hooks_or_marks(engine):
     model, inputs, labels = case("GroupNorm")
     before = [set(vars(p)) for p in model.parameters()]
     marks = [set(vars(m)) for m in model.modules()]
-    parts = engines.make(engine, model)
+    parts = make(engine, model)
     parts.clipped_sum(inputs, labels, 1.0)
     parts.close()
     assert [set(vars(p)) for p in model.parameters()] == before
@@ -238,7 +241,7 @@ def test_a_ghost_norm_that_rounding_swallowed_does_not_let_a_record_through():
     opacus.cleanup()
     assert true > 300
     assert not 0.5 < found / true < 2  # Opacus' norm is rounding alone, and may be 0
-    got = engines.make("ghost", model).clipped_sum(inputs, labels, 1.0)
+    got = make("ghost", model).clipped_sum(inputs, labels, 1.0)
     assert torch.linalg.vector_norm(got) <= 1 + 1e-6
     # Where Opacus' norm is 0 the gradient would have gone through whole.
 
@@ -260,7 +263,7 @@ def steep():
 
 @pytest.mark.parametrize("precision", list(engines.PRECISIONS))
 def test_a_record_that_leaves_its_place_changes_no_other_whatever_the_weights(precision):
-    parts = engines.make("hooks", steep().to(engines.PRECISIONS[precision]))
+    parts = make("hooks", steep().to(engines.PRECISIONS[precision]))
     inputs, labels = torch.ones(100, 16), (torch.arange(100) % 3 == 0).long()
     inputs += 0.01 * torch.arange(100)[:, None] * (torch.arange(16) == 3)  # not all cancel
     keep = torch.ones(100, dtype=torch.bool)
@@ -271,9 +274,9 @@ def test_a_record_that_leaves_its_place_changes_no_other_whatever_the_weights(pr
 
 
 def test_the_same_weights_let_a_record_change_the_others_where_the_batch_gets_shorter():
-    parts = engines.make("hooks", steep())
+    parts = make("hooks", steep())
     worst = 0.0
-    for n in range(2, 40):
+    for n in range(2, 40, 3):
         inputs, labels = torch.ones(n, 16), torch.arange(n) % 2
         whole = parts.clipped_sum(inputs, labels, 1.0)
         rest, own = (parts.clipped_sum(inputs[k], labels[k], 1.0) for k in (slice(1, n), slice(1)))
@@ -281,9 +284,26 @@ def test_the_same_weights_let_a_record_change_the_others_where_the_batch_gets_sh
     assert worst > SLACK["float32"]
 
 
+def test_auto_is_bookkeeping_where_that_does_and_else_hooks_with_the_reason():
+    model, inputs, labels = case("Conv1d")
+    assert engines.resolve("auto", model, engines.cross_entropy, inputs, labels) == (
+        "bookkeeping",
+        "",
+    )
+    model, inputs, labels = case("Conv3d")
+    engine, why = engines.resolve("auto", model, engines.cross_entropy, inputs, labels)
+    assert engine == "hooks"
+    assert "0.weight is used by torch.nn.functional.conv3d" in why
+    with pytest.raises(NotImplementedError, match=r"0\.weight is used by .*conv3d"):
+        make("bookkeeping", model).norms(inputs, labels)
+    for named in ENGINES:
+        found = engines.resolve(named, model, engines.cross_entropy, inputs, labels)
+        assert found == (named, "")
+
+
 def test_ghost_refuses_what_it_has_no_norms_for():
     with pytest.raises(AccordError, match=r"LSTMCell.*Choose the engine"):
-        engines.make("ghost", nn.Sequential(nn.LSTMCell(3, 3)))
+        make("ghost", nn.Sequential(nn.LSTMCell(3, 3)))
 
 
 def test_no_code_scales_a_loss_or_a_gradient_by_a_running_factor():
@@ -330,14 +350,17 @@ def network(precision):
 
 @pytest.mark.parametrize(
     ("engine", "precision"),
-    [("hooks", "float64"), ("hooks", "float32"), ("hooks", "bfloat16"), ("ghost", "float64")],
+    [
+        *(("bookkeeping", "float32"), ("bookkeeping", "bfloat16")),
+        *(("hooks", "float64"), ("hooks", "bfloat16"), ("ghost", "float64")),
+    ],
 )
 def test_any_neighbouring_records_move_a_page_by_at_most_the_bound_and_the_slack(engine, precision):
-    parts = engines.make(engine, network(precision))
+    parts = make(engine, network(precision))
     slack = 1e-6 if precision == "float64" else SLACK[precision]
 
     @given(neighbours(), st.sampled_from([1e-3, 0.5, 1.0, 100.0]))
-    @settings(deadline=None, max_examples=400)
+    @settings(deadline=None, max_examples=100)
     def law(drawn, bound):
         inputs, labels, place = drawn
         keep = torch.ones(len(inputs), dtype=torch.bool)
@@ -350,7 +373,7 @@ def test_any_neighbouring_records_move_a_page_by_at_most_the_bound_and_the_slack
 
 
 def test_the_same_law_catches_a_norm_that_forgets_a_parameter(monkeypatch):
-    parts = engines.make("ghost", network("float64"))
+    parts = make("ghost", network("float64"))
     monkeypatch.setattr(parts, "_each", lambda name, made, records: made.mul_("bias" in name))
     alone = torch.ones(1, 4).double() * 10, torch.zeros(1, dtype=torch.int64)
     assert torch.linalg.vector_norm(parts.clipped_sum(*alone, 0.01)) > 0.01 * (1 + 1e-6)

@@ -123,6 +123,12 @@ def test_one_subject_in_three_is_held_out_and_another_task_holds_out_others() ->
     assert 0.5 < (held == declared.held_out(ids, "u")).mean() < 0.6
 
 
+def test_a_label_or_group_that_was_not_declared_is_refused() -> None:
+    assert declared.index(np.array(["M", "", "F"]), ("F", "M", ""), "x.sex").tolist() == [1, 2, 0]
+    with pytest.raises(TaskError, match=r'x\.sex = "D" is not one of F, M\. Fetch'):
+        declared.index(np.array(["M", "D"]), ("F", "M"), "x.sex")
+
+
 def test_a_csv_file_is_read_as_text_with_or_without_a_line_of_titles() -> None:
     with_titles = declared.read_csv(b"a, b\n1, x y\n,\n")
     without = declared.read_csv(b"1, x y\n,\n\n", ("a", "b"))
