@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -185,7 +184,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--memory", action="store_true", help="measure memory too, which takes long"
     )
     asked = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", module="opacus")
     devices.settle()  # the same allocator for every way
     torch.set_num_threads(asked.threads)
     clock = time.process_time if asked.threads == 1 else time.perf_counter

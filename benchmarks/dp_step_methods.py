@@ -21,6 +21,7 @@ from benchmarks.dp_step_cases import Case
 from fedaccord.privacy import engines
 
 LEARNING_RATE = 1e-3
+warnings.filterwarnings("ignore", module=r"opacus|torch\.nn")  # of Opacus about its own hooks
 
 
 class Way(Protocol):
@@ -134,11 +135,11 @@ class Ours:
 
     def step(self) -> None:
         """See `Way.step`."""
-        mean, offset = self.total() / len(self._inputs), 0
+        mean, offset = (self.total() / len(self._inputs)).to(self._trained[0].dtype), 0
         for parameter in self._trained:
             part = mean[offset : offset + parameter.numel()]
             offset += parameter.numel()
-            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+            parameter.grad = part.view_as(parameter)
         self._sgd.step()
         self._sgd.zero_grad()
 
@@ -164,10 +165,8 @@ WAYS: dict[str, Callable[[Case, float], Way]] = {
 
 
 def make(way: str, case: Case, clip: float) -> Way:
-    """Set up a way of a step; Opacus' warnings about its own hooks are left out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return WAYS[way](case, clip)
+    """Set up a way of a step."""
+    return WAYS[way](case, clip)
 
 
 def one_by_one(case: Case) -> tuple[float, torch.Tensor]:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fedaccord.client.diary import log
-from fedaccord.client.views import Views
 from fedaccord.privacy import engines
 from fedaccord.privacy.clipping import SubjectOptimizer
 from fedaccord.privacy.sampling import EMPTY, MICRO_BATCH
+from fedaccord.privacy.views import Views
 from fedaccord.tasks import Records
 
 

@@ -15,13 +15,13 @@ from fedaccord import devices, runs
 from fedaccord.accord import Accord
 from fedaccord.client import policy, train
 from fedaccord.client.passes import How
-from fedaccord.client.views import Views
 from fedaccord.errors import AccordError, LedgerError, PolicyError, TaskError
 from fedaccord.models.build import agreed, build, parameter_count, put
 from fedaccord.privacy import engines
 from fedaccord.privacy.ledger import Ledger, Terms
 from fedaccord.privacy.plan import Plan, PrivacyPlan, plan_for
 from fedaccord.privacy.probe import probe, synthetic
+from fedaccord.privacy.views import Views
 from fedaccord.strategies.client_level import refuse_state
 from fedaccord.tasks import Task, refuse_missing, task_of
 

@@ -13,13 +13,13 @@ from fedaccord.accord import TrainingSection
 from fedaccord.client.columns import usable
 from fedaccord.client.diary import log
 from fedaccord.client.passes import How, Passes, add_page
-from fedaccord.client.views import Views
 from fedaccord.errors import AccordError
 from fedaccord.privacy import engines
 from fedaccord.privacy.clipping import SubjectOptimizer
 from fedaccord.privacy.noise import OsSource, Source
 from fedaccord.privacy.plan import PrivacyPlan
 from fedaccord.privacy.sampling import SubjectSampler, pages
+from fedaccord.privacy.views import Views
 from fedaccord.tasks import Records
 
 USUAL = How()

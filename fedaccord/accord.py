@@ -46,6 +46,9 @@ class SiteSection(Section):
         return subjects if records is None else records
 
 
+Starts = list[str]
+
+
 class ModelSection(Section):
     """[model]: the global model, by name in the registry."""
 
@@ -53,6 +56,7 @@ class ModelSection(Section):
     options: Options = Field(default={})
     pretrained: str | None = Field(default=None, min_length=1, max_length=500)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    frozen: Starts = []
 
     @model_validator(mode="after")
     def _weights_by_hash(self) -> ModelSection:

@@ -306,7 +306,11 @@ class TextSection(OwnSection):
         return (self.text,)
 
 
-_BY_KIND = {"table": TableSection, "images": ImagesSection, "text": TextSection}
+_BY_KIND: dict[str, type[OwnSection]] = {
+    "table": TableSection,
+    "images": ImagesSection,
+    "text": TextSection,
+}
 
 
 def _section(given: Any) -> Any:

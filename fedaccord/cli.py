@@ -17,6 +17,7 @@ from fedaccord import (
     cli_data,
     cli_ledger,
     cli_plan,
+    cli_pretrain,
     cli_site,
     cli_task,
 )
@@ -44,6 +45,7 @@ app.add_typer(cli_task.app, name="task")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_conformance.app)
 app.add_typer(cli_plan.app)
+app.add_typer(cli_pretrain.app)
 
 AccordFile = Annotated[
     str, typer.Argument(help="A TOML file, or the name of a bundled accord (heart).")

@@ -67,15 +67,21 @@ def complete(place: Path) -> bool:
 
 def _apt(temporary: Path) -> Path:
     """Download and unpack the Debian package; the folder is empty if that does not work."""
-    tools = [shutil.which(name) for name in ("apt-get", "dpkg-deb")]
-    if not all(tools):
+    apt, dpkg = shutil.which("apt-get"), shutil.which("dpkg-deb")
+    if apt is None or dpkg is None:
         return temporary
-    apt, dpkg = (str(tool) for tool in tools)
-    quiet = {"cwd": temporary, "stdin": subprocess.DEVNULL, "capture_output": True}
-    subprocess.run([apt, "-q", "download", PACKAGE], check=False, timeout=900, **quiet)
+    _run([apt, "-q", "download", PACKAGE], temporary)
     for package in temporary.glob(f"{PACKAGE}_*.deb"):
-        subprocess.run([dpkg, "-x", str(package), "unpacked"], check=False, **quiet)
+        _run([dpkg, "-x", str(package), "unpacked"], temporary)
     return temporary / "unpacked" / SYSTEM.relative_to("/")
+
+
+def _run(command: list[str], folder: Path) -> None:
+    """Run a tool in a folder; whether it worked is seen from what it leaves there."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=900
+        )
 
 
 def _torchvision(temporary: Path) -> Path:

@@ -52,7 +52,8 @@ class TaskSpec:
 
     def blank(self, rows: int) -> Inputs:
         """Make inputs of zeros, (rows, *shape), of the task's dtype."""
-        return np.zeros((rows, *self.shape), np.int64 if self.vocabulary else np.float32)
+        shape = (rows, *self.shape)
+        return np.zeros(shape, np.int64) if self.vocabulary else np.zeros(shape, np.float32)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class TextInputs:
     ) -> tuple[Inputs, dict[str, list[str]]]:
         """Cut texts into tokens (n, length), and say for each "" or why not."""
         column, length = self._section.text, self._section.length
-        found, why = each(columns[column], self._read, ())
+        nothing: tuple[int, ...] = ()
+        found, why = each(columns[column], self._read, nothing)
         tokens = np.zeros((len(found), length), np.int64)
         for row, here in enumerate(found):
             tokens[row, : len(here)] = here

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -68,12 +68,34 @@ def build(
 
 
 def agreed(model: ModelSection, spec: TaskSpec, seed: int) -> nn.Module:
-    """Build the model that an accord agrees on, from the pretrained weights that it names.
+    """Build the model that an accord agrees on: pretrained, and frozen, where it says so.
 
     Raises:
-        AccordError: as `build`.
+        AccordError: as `build` and `freeze`.
     """
-    return build(model.name, spec, model.options, seed, pretrained_of(model))
+    made = build(model.name, spec, model.options, seed, pretrained_of(model))
+    freeze(made, model.frozen)
+    return made
+
+
+def freeze(model: nn.Module, starts: Sequence[str]) -> None:
+    """Freeze the weights whose names start as given, so that they are neither trained nor sent.
+
+    Raises:
+        AccordError: a start that no weight has, or nothing left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for start in starts:
+        if not any(name.startswith(start) for name in names):
+            raise AccordError(
+                f'model.frozen: no weight\'s name starts with "{start}". Its weights are '
+                f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Mend it."
+            )
+    for name, weight in model.named_parameters():
+        if any(name.startswith(start) for start in starts):
+            weight.requires_grad_(False)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise AccordError("model.frozen leaves no weight to train. Leave a layer out of it.")
 
 
 def pretrained_of(model: ModelSection) -> Pretrained | None:

@@ -11,7 +11,6 @@ is not known here is refused by name.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +18,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from fedaccord.privacy.clipping import factors
-from fedaccord.privacy.parts import Part, Products, Whole, Windows
+from fedaccord.privacy.parts import Part, Ways, Whole
 from fedaccord.privacy.passes import Keep, Page, PageEngine
 from fedaccord.privacy.uses import USES
 
-HELD = 4  # gradients are held where they are at most so many times as many as what makes them
 TRIES = 3  # of each kernel when the fastest is looked for
 KERNELS: dict[tuple[Any, ...], str] = {}  # the fastest by kind and shapes, in this process
 ASKED = ("dtype", "shape", "device", "ndim", "requires_grad", "is_leaf", "layout", "grad_fn")
@@ -70,23 +68,14 @@ class Watch(TorchFunctionMode):
         """See `layers.Book.note`."""
         self.parts.setdefault(id(weight), []).append(part)
 
-    def products(self, kind: str, windows: Windows, back: torch.Tensor, inputs: int) -> Part:
-        """See `layers.Book.products`."""
-        records, outputs, positions = back.shape
-        ways: dict[str, Callable[[], Part]] = {
-            "gram": lambda: Products(windows, back, inputs, "gram"),
-            "gram, double": lambda: Products(windows, back, inputs, "gram", double=True),
-            "direct": lambda: Products(windows, back, inputs, "direct"),
-        }
-        if outputs * inputs <= HELD * positions * (outputs + inputs):
-            ways["held"] = lambda: Whole(Products(windows, back, inputs).each())
-        if not self._measured or not records:
-            by_rule = "held" if "held" in ways else "gram" if positions < outputs else "direct"
-            return ways[by_rule]()
-        key = (kind, *back.shape, inputs, back.stride(), back.dtype, back.device)
-        if key not in KERNELS:
-            KERNELS[key] = _fastest(ways, back.new_ones(records))
-        return ways[KERNELS[key]]()
+    def choose(self, key: tuple[Any, ...], ways: Ways, like: torch.Tensor) -> Part:
+        """See `layers.Book.choose`."""
+        if not self._measured:
+            return next(iter(ways.values()))()
+        full = (*key, *like.shape, like.stride(), like.dtype, like.device)
+        if full not in KERNELS:
+            KERNELS[full] = _fastest(ways, like.new_ones(len(like)))
+        return ways[KERNELS[full]]()
 
 
 def _asks(func: Any) -> bool:
@@ -97,7 +86,7 @@ def _asks(func: Any) -> bool:
     return name in ("size", "dim", "numel", "is_floating_point", "stride", "is_contiguous")
 
 
-def _fastest(ways: dict[str, Callable[[], Part]], ones: torch.Tensor) -> str:
+def _fastest(ways: Ways, ones: torch.Tensor) -> str:
     """Measure norm and sum by each way; it runs once for each shape."""
     best: dict[str, float] = {}
     for name, make in ways.items():

@@ -12,7 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from fedaccord.privacy.parts import Looked, Outer, Part, Reordered, Whole, Windows
+from fedaccord.privacy.parts import (
+    Looked,
+    Outer,
+    Part,
+    Reordered,
+    Ways,
+    Whole,
+    looped,
+    products,
+)
 
 Function: Any = torch.autograd.Function  # torch ships no type that can be inherited from
 
@@ -26,8 +35,14 @@ class Book(Protocol):
         """Note a part of a weight."""
         ...
 
-    def products(self, kind: str, windows: Windows, back: torch.Tensor, inputs: int) -> Part:
-        """Make the part of a weight that many positions share, by whichever way is best."""
+    def choose(self, key: tuple[Any, ...], ways: Ways, like: torch.Tensor) -> Part:
+        """Make a part by whichever way is best for such shapes.
+
+        Args:
+            key: kind of layer and what its cost depends on besides the size of `like`.
+            ways: by name, the one that is best by rule first.
+            like: output gradients (n, ...).
+        """
         ...
 
 
@@ -80,12 +95,9 @@ class Linear(Function):  # type: ignore[misc]
             if rows.shape[1] == 1:
                 book.note(weight, Outer(rows[:, 0], ends[:, 0]))
             else:
-                book.note(
-                    weight,
-                    book.products(
-                        "linear", lambda i, j: rows[i:j], ends.transpose(1, 2), rows.shape[2]
-                    ),
-                )
+                turned = ends.transpose(1, 2)
+                ways = products(lambda i, j: rows[i:j], turned, rows.shape[2])
+                book.note(weight, book.choose(("linear", rows.shape[2]), ways, turned))
         ahead = back.to(weight.dtype) @ weight if ctx.needs_input_grad[0] else None
         return ahead, None, None, None
 
@@ -160,13 +172,25 @@ def convolved(
         def windows(i: int, j: int) -> torch.Tensor:
             return seen[i:j, 0].reshape(j - i, high * across, size)
 
-        return Reordered(book.products("conv", windows, ends, size), shape, axes)
-    made = torch.einsum(  # few weights, or images folded into the batch: each gradient is held
+        made = products(windows, ends, size)
+        ways = {
+            name: lambda make=make: Reordered(make(), shape, axes) for name, make in made.items()
+        }
+
+        def one(i: int, end: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten.convolution_backward(
+                end, inputs[i : i + 1], weight, None, how["stride"], how["padding"],
+                how["dilation"], False, [0, 0], 1, [False, True, False],
+            )[1]  # fmt: skip
+
+        ways |= looped(one, back, windows, size)
+        return book.choose(("conv", *weight.shape, *how["stride"], size), ways, back)
+    every = torch.einsum(  # few weights, or images folded into the batch: each gradient is held
         "ngol,nglk->ngok",
         ends.reshape(images, groups, outputs // groups, -1),
         seen.reshape(images, groups, high * across, size),
     ).reshape(book.rows, -1, outputs * size)
-    return Reordered(Whole(made.sum(1)), shape, axes)
+    return Reordered(Whole(every.sum(1)), shape, axes)
 
 
 class Embedding(Function):  # type: ignore[misc]
@@ -233,8 +257,11 @@ class GroupNorm(Function):  # type: ignore[misc]
         """Run, and keep the inputs, their means and deviations."""
         inputs = inputs.contiguous()
         count, channels = inputs.shape[:2]
-        ctx.sizes = (count, channels, inputs[0, 0].numel() if count else 0)
-        out, mean, inverse = torch.native_group_norm(inputs, weight, bias, *ctx.sizes, groups, eps)
+        places = inputs[0, 0].numel() if count else 0
+        ctx.sizes = (count, channels, places)
+        out, mean, inverse = torch.native_group_norm(
+            inputs, weight, bias, count, channels, places, groups, eps
+        )
         ctx.save_for_backward(inputs, mean, inverse)
         ctx.groups, ctx.weight, ctx.bias, ctx.book = groups, weight, bias, book
         return out

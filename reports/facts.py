@@ -98,6 +98,7 @@ def _run(evidence: Evidence) -> Row:
         },
         "planned": {"rounds": accord.rounds.rounds, "record": ACCORD},
         "model": start["model"] | {"final": text(last[0]["model"]) if last else ""},
+        "gradients": start.get("gradients"),
         "student": start["student"]
         and start["student"] | {"final": text(last[0]["student"]) if last else ""},
     }

@@ -15,16 +15,16 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from fedaccord import accord as accords
-from fedaccord import registry, runs
-from fedaccord.accord import Accord
-from fedaccord.accord_section import Options
+from fedaccord import devices, registry, runs
+from fedaccord.accord import Accord, ModelSection
 from fedaccord.errors import AccordError, BudgetError
 from fedaccord.evidence import build_hash
-from fedaccord.models.build import build, parameter_count, pretrained_of
-from fedaccord.models.pretrained import Pretrained
-from fedaccord.privacy import accounting, tradeoff
+from fedaccord.models.build import agreed, parameter_count
+from fedaccord.privacy import accounting, engines, tradeoff
 from fedaccord.privacy.client_level import ClientPlan
 from fedaccord.privacy.plan import Plan, plan_for
+from fedaccord.privacy.probe import synthetic
+from fedaccord.privacy.views import Views
 from fedaccord.runs import RunFolder
 from fedaccord.server import admission, checkpoint, distillation
 from fedaccord.server.admission import Place
@@ -49,12 +49,12 @@ def main(grid: Grid, context: Context) -> None:
         AccordError: an accord that does not hold together.
         BudgetError: too few sites let it in; nothing was read and nothing reserved.
     """
-    torch.set_num_threads(1)  # small models; and results that do not depend on the cores
     where = str(context.run_config["accord"])
     accord = accords.load(where)
     task = task_of(accord, accords.find(where).parent.resolve())
     check_fits(accord, task)
     model, student = initial(accord, task)
+    devices.settle(parameter_count(model))
     folder = open_folder(str(context.run_config.get("run", "")), where, accord)
     about = {"run": folder.id, "engine": type(grid).__name__}
     folder.append(about | start_record(accord, task, model, student))
@@ -105,22 +105,17 @@ def initial(accord: Accord, task: Task) -> tuple[torch.nn.Module, torch.nn.Modul
     Raises:
         AccordError: options that a model does not have, or a model that does not fit the task.
     """
-    agreed, wants = accord.model, accord.distillation
-    model = fitting(agreed.name, agreed.options, task, accord.seed, pretrained_of(agreed))
+    wants = accord.distillation
+    model = fitting(accord.model, task, accord.seed)
     if accord.privacy.enabled and accord.privacy.unit == "client":
         refuse_state(model)
     if not wants.enabled:
         return model, None
-    return model, fitting(wants.model, wants.options, task, accord.seed)
+    student = ModelSection(name=wants.model, options=wants.options)
+    return model, fitting(student, task, accord.seed)
 
 
-def fitting(
-    name: str,
-    options: Options,
-    task: Task,
-    seed: int,
-    pretrained: Pretrained | None = None,
-) -> torch.nn.Module:
+def fitting(wanted: ModelSection, task: Task, seed: int) -> torch.nn.Module:
     """Build a model and have it answer made-up inputs, before any site uses a slot on it.
 
     Under a plan a model that raises on every record would train on noise alone, and say nothing.
@@ -128,9 +123,9 @@ def fitting(
     Raises:
         AccordError: it cannot be built, cannot read the task's inputs, or gives other classes.
     """
-    spec = task.spec
+    spec, name = task.spec, wanted.name
     try:
-        model = build(name, spec, options, seed, pretrained)
+        model = agreed(wanted, spec, seed)
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(spec.blank(2)))
         model.train()
@@ -139,7 +134,7 @@ def fitting(
     except Exception as fault:  # whatever the model's code raises for such options
         first = (str(fault) or type(fault).__name__).splitlines()[0]
         raise AccordError(
-            f'model "{name}" with options {options} does not take inputs of shape '
+            f'model "{name}" with options {wanted.options} does not take inputs of shape '
             f"{list(spec.shape)} of task {spec.name}: {first}. Change its options."
         ) from None
     if tuple(logits.shape) != (2, len(spec.classes)):
@@ -175,10 +170,26 @@ def start_record(
             "parameters": parameter_count(model),
             "weights": checkpoint.weights_digest(checkpoint.weights_of(model)),
         },
+        "gradients": gradients(accord, task, model),
         "student": None
         if student is None
         else {"name": accord.distillation.model, "parameters": parameter_count(student)},
     }
+
+
+def gradients(accord: Accord, task: Task, model: torch.nn.Module) -> dict[str, str] | None:
+    """Say how each subject's gradient is made and cut; None where none is.
+
+    Every site works it out by itself, from the accord, and finds the same.
+    """
+    how = accord.privacy
+    if not how.enabled or how.unit != "subject":
+        return None
+    views = Views(accord.training.views, accord.training.augmentation)
+    records = synthetic(task, accord.seed)
+    loss = views.loss(engines.cross_entropy)
+    engine, why = engines.resolve(how.engine, views.model(model), loss, *records)
+    return {"asked": how.engine, "engine": engine, "why": why, "precision": how.precision}
 
 
 def plan_record(place: Place, plan: Plan | None) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def draw(schema: Schema, rows: int, rng: np.random.Generator) -> dict[str, Colum
     for name, kind in schema.items():
         if isinstance(kind, Choice):
             values: Column = np.array(kind.values)[rng.integers(len(kind.values), size=rows)]
-            nothing: object = ""
+            nothing: Any = ""
         else:
             edges = kind.scaled(np.array([kind.low, *kind.cuts, kind.high]))
             interval = rng.integers(len(edges) - 1, size=rows)

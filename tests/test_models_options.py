@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from fedaccord import accord as accords
+from fedaccord import registry
 from fedaccord.errors import AccordError
-from fedaccord.models.build import agreed, build
+from fedaccord.models.build import agreed, build, parameter_count
 from fedaccord.models.pretrained import Pretrained
 from fedaccord.server.app import initial
 from fedaccord.tasks import TaskSpec, load_task
@@ -147,7 +150,30 @@ def test_weights_that_are_nowhere_are_refused(
     nothing = "0" * 64
     assert "is no path on this machine" in refused(Pretrained("nowhere at all", nothing))
     assert "fedaccord data fetch minilm" in refused(Pretrained("minilm", nothing))
-    assert "not in the hub's cache and cannot be fetched" in refused(
-        Pretrained("nobody-at-all/nothing", nothing)
-    )
+    nobody = Pretrained("nobody-at-all/nothing", nothing)
+    assert "not in the hub's cache and cannot be fetched" in refused(nobody)
     assert "there is no " in refused(Pretrained(str(tmp_path), nothing))
+
+
+def any_spec(
+    shape: tuple[int, ...], words: int = 0, steps: tuple[int, int] | None = None
+) -> TaskSpec:
+    columns = tuple(f"c{i}" for i in range(shape[0]))
+    return TaskSpec("any", columns, ("a", "b"), {}, "", shape, vocabulary=words, sequence=steps)
+
+
+GIVES = {
+    "row of 20": any_spec((20,)),
+    "6 months of 3, 5 others": any_spec((23,), steps=(6, 3)),
+    "image of 1 x 28 x 28": any_spec((1, 28, 28)),
+    "text of 64 tokens out of 30,522": any_spec((64,), words=30522),
+}
+
+
+def test_models_have_the_counts_of_weights_that_the_documentation_gives() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| (.+) \| `(.+)` \| `({.*})` \| ([\d,]+) \|$", text, re.MULTILINE)
+    assert {name for _, name, *_ in found} == set(registry.MODELS)
+    for gives, name, options, count in found:
+        model = build(name, GIVES[gives], json.loads(options), 0)
+        assert f"{parameter_count(model):,}" == count, (gives, name)

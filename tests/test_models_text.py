@@ -373,6 +373,21 @@ def test_another_hash_is_refused_before_anything_is_loaded(folders: dict[str, Pa
         build("text", SPEC, {}, 0, Pretrained(right.name, "0" * 64))
 
 
+MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+TABLE = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("tuning", ["full", "frozen-embeddings", "lora", "head"])
+def test_minilm_trains_as_many_weights_as_the_documentation_says(tuning: str) -> None:
+    # Needs: fedaccord data fetch minilm
+    spec = TaskSpec("notes", ("t",), ("a", "b"), {}, "", shape=(64,), vocabulary=30522)
+    model = build("text", spec, {"tuning": tuning}, 0, Pretrained("minilm", MINILM))
+    count = sum(value.numel() for value in trained(model).values())
+    (row,) = [line for line in TABLE.splitlines() if line.startswith(f'| `"{tuning}"` |')]
+    assert row.endswith(f"| {count:,} |")
+
+
 @cache
 def student(name: str) -> nn.Module:
     return build(name, SPEC, {"width": 8}, 0).eval()

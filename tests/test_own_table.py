@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedaccord import accord as accords
@@ -126,11 +126,14 @@ def tables(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=30)
 @given(table=tables())
 def test_any_declared_table_can_be_read_back_from_its_inputs(
-    form: str, table: tuple[dict[str, Any], list[dict[str, Any]]], tmp_path: Path
+    form: str,
+    table: tuple[dict[str, Any], list[dict[str, Any]]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    tmp_path = tmp_path_factory.mktemp("own")  # a folder of its own for each example
     inputs, rows = table
     columns = {name: [row[name] for row in rows] for name in inputs}
     frame = pd.DataFrame(columns | {"id": range(len(rows)), "sex": "male", "again": "no"})
@@ -270,14 +273,17 @@ BAD: list[str | bytes] = [
 ]
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40)
 @given(
     bad=st.lists(st.tuples(st.integers(0, 40), st.sampled_from(BAD)), min_size=1, max_size=8),
     subject=st.sampled_from(["patient", None]),
 )
 def test_a_table_with_bad_rows_gives_the_records_of_the_table_without_them(
-    bad: list[tuple[int, str | bytes]], subject: str | None, tmp_path: Path
+    bad: list[tuple[int, str | bytes]],
+    subject: str | None,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    tmp_path = tmp_path_factory.mktemp("own")  # a folder of its own for each example
     if subject is None:  # then a row without one is no fault
         bad = [(at, line) for at, line in bad if line != ANONYMOUS]
     lines: list[str | bytes] = [*good()]
@@ -309,8 +315,11 @@ def test_one_subject_more_or_less_moves_no_other_between_the_splits(
 
 
 @given(share=st.floats(0.05, 0.95))
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_about_the_declared_share_of_subjects_is_held_out(share: float, tmp_path: Path) -> None:
+@settings(deadline=None, max_examples=10)
+def test_about_the_declared_share_of_subjects_is_held_out(
+    share: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("own")  # a folder of its own for each example
     lines = [f"p{i % 3000},north,40,no,male,no" for i in range(4000)]
     data = site(write(tmp_path, [*lines]), test_share=share)
     held = len(set(data.test.subjects.tolist()))

