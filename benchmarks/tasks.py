@@ -17,9 +17,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
@@ -33,7 +31,8 @@ from sklearn.metrics import roc_auc_score
 
 from fedaccord import accord as accords
 from fedaccord import registry
-from fedaccord.models.build import build
+from fedaccord.accord import ModelSection
+from fedaccord.models.build import agreed, put
 from fedaccord.privacy.plan import plan_for
 from fedaccord.simulations import display, engine
 from fedaccord.tasks import Records, SiteData, Task, load_task
@@ -81,12 +80,10 @@ def variant(name: str, row: str, seed: int) -> str:
     return tomlkit.dumps(text)
 
 
-def areas(
-    weights: Path, name: str, options: Mapping[str, Any], task: Task, seed: int
-) -> dict[str, float]:
+def areas(weights: Path, made: ModelSection, task: Task, seed: int) -> dict[str, float]:
     """Score a run's model on each site's held-out records: AUC by site."""
-    model = build(name, task.spec, options, seed).eval()
-    model.load_state_dict(load_file(weights))
+    model = agreed(made, task.spec, seed).eval()
+    put(model, load_file(weights))
     found = {}
     for site in task.sites:
         held = task.site(site)
@@ -105,16 +102,14 @@ def run(name: str, row: str, seed: int) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "accord.toml")
         file.write_text(variant(name, row, seed), encoding="utf-8")
-        agreed = accords.load(file)
+        accord = accords.load(file)
         where = Path(folder, "run")
-        engine.simulate(file, where, where / "sites", len(agreed.roster))
-        task = load_task(name)
+        engine.simulate(file, where, where / "sites", len(accord.roster))
+        task, taught = load_task(name), accord.distillation
+        student = ModelSection(name=taught.model, options=taught.options)
         return {
-            who: areas(where / f"{who}.safetensors", made[0], made[1], task, seed)
-            for who, made in {
-                "model": (agreed.model.name, agreed.model.options),
-                "student": (agreed.distillation.model, agreed.distillation.options),
-            }.items()
+            who: areas(where / f"{who}.safetensors", made, task, seed)
+            for who, made in {"model": accord.model, "student": student}.items()
         }
 
 
@@ -164,9 +159,9 @@ def main() -> None:
             table.add_row(row, who, mean, *cells, str(spent) if who == "model" else "")
     Console(width=200).print(table)
     print(f"mean: over sites with {LARGE} or more subjects; * has fewer. +-: over seeds.")
-    agreed = accords.load(asked.task)
-    site = max(agreed.roster, key=lambda name: agreed.roster[name])
-    plan = plan_for(agreed, site)
+    accord = accords.load(asked.task)
+    site = max(accord.roster, key=lambda name: accord.roster[name])
+    plan = plan_for(accord, site)
     print(f"With privacy: {plan.statement() if plan else 'off'}")
 
 

@@ -104,6 +104,30 @@ CLIP = [
         plants.clip(plants.times_zero),
         ("sensitivity-replay",),
     ),
+    Fault(
+        "book-clip-none",
+        "book-keeping finds every norm to be zero, so nothing is clipped",
+        plants.norms(plants.no_norms),
+        ("sensitivity-replay", "sum-oracle"),
+    ),
+    Fault(
+        "book-weight-less",
+        "book-keeping leaves one weight out of the norms",
+        plants.norms(plants.a_weight_less),
+        ("sensitivity-replay", "sum-oracle"),
+    ),
+    Fault(
+        "book-page-norm",
+        "book-keeping takes a norm from all records of a page",
+        plants.norms(plants.of_the_page),
+        ("sensitivity-replay", "sum-oracle"),
+    ),
+    Fault(
+        "weights-still",
+        "the optimiser holds other tensors than the model, whose weights never move",
+        plants.other_tensors,
+        ("weights-move",),
+    ),
 ]
 SAMPLING = [
     Fault(

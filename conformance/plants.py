@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedaccord.conformance.site import planted
 from fedaccord.privacy.noise import Floats, OsSource, Source
@@ -20,6 +21,8 @@ Plant = AbstractContextManager[None]
 NOISE = "fedaccord.privacy.noise:add_noise"
 NORMAL = "fedaccord.privacy.noise:OsSource.normal"
 CLIP = "fedaccord.privacy.clipping:clipped_sum"
+NORMS = "fedaccord.privacy.bookkeeping:_norms"
+OPTIMIZER = "fedaccord.client.train:_optimizer"
 DRAW = "fedaccord.privacy.sampling:SubjectSampler.draw"
 TRAIN = "fedaccord.client.train:train_private"
 
@@ -199,6 +202,42 @@ def times_zero(flat: torch.Tensor, widths: list[int], bound: float) -> torch.Ten
     finite = torch.isfinite(flat).all(dim=1, keepdim=True)
     safe = torch.where(finite, _factor(flat, bound), torch.zeros_like(flat[:, :1]))
     return (flat * safe).sum(dim=0)
+
+
+def norms(change: Callable[[Any, list[Any], int], torch.Tensor]) -> Callable[[], Plant]:
+    """Replace the norms of a page's records under book-keeping; the first argument finds them."""
+    return lambda: planted(NORMS, lambda real: lambda parts, rows: change(real, parts, rows))
+
+
+def no_norms(real: Any, parts: list[Any], rows: int) -> torch.Tensor:
+    """Find every norm that is finite to be 0, so that nothing is clipped."""
+    found: torch.Tensor = real(parts, rows)
+    return torch.where(torch.isfinite(found), torch.zeros_like(found), found)
+
+
+def a_weight_less(real: Any, parts: list[Any], rows: int) -> torch.Tensor:
+    """Leave the first weight out of the norms."""
+    found: torch.Tensor = real(parts[1:], rows)
+    return found
+
+
+def of_the_page(real: Any, parts: list[Any], rows: int) -> torch.Tensor:
+    """Take the root mean square of the page's norms for each of them."""
+    found: torch.Tensor = real(parts, rows)
+    kept = found[torch.isfinite(found)]
+    mean = kept.square().mean().sqrt() if len(kept) else found.new_zeros(())
+    return torch.where(torch.isfinite(found), mean, found)
+
+
+def other_tensors() -> Plant:
+    """Let the optimiser hold copies, as where a model moves to a device after adapters came."""
+
+    def make(real: Any) -> Any:
+        return lambda weights, training: real(
+            [nn.Parameter(weight.detach().clone()) for weight in weights], training
+        )
+
+    return planted(OPTIMIZER, make)
 
 
 def rate_from_data() -> Plant:

@@ -34,6 +34,8 @@ from fedaccord.privacy.noise import Floats
 from fedaccord.privacy.plan import PrivacyPlan
 from fedaccord.tasks import Records
 
+ENGINES = ("bookkeeping", "hooks")  # whose sums are replayed; "auto" takes one of them
+
 
 @dataclass(frozen=True)
 class NoiseRuns:
@@ -81,7 +83,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class ReplayRuns:
-    """Runs with recorded randomness.
+    """Runs with recorded randomness under one engine.
 
     Attributes:
         pairs: neighbouring data sets and their distances.
@@ -209,13 +211,17 @@ class Lab:
         return SamplingRun(found[0], found[1], found[2].sum(axis=1), bench.plan)
 
     @cached_property
-    def replay(self) -> ReplayRuns:
-        """Single steps on neighbouring data sets under the same recorded randomness."""
+    def replays(self) -> dict[str, ReplayRuns]:
+        """Single steps on neighbouring data sets under the same recorded randomness, by engine."""
+        return {engine: self._replay(engine) for engine in ENGINES}
+
+    def _replay(self, engine: str) -> ReplayRuns:
         features = 8
         bench = Bench(
-            self.folder / "replay",
+            self.folder / f"replay-{engine}",
             features,
             1.0,
+            engine,
             rounds=40,
             steps=1,
             noise_multiplier=1.0,
@@ -304,6 +310,14 @@ class Lab:
         retry.append(bench.ask("train", "north", 1))
         entries = bench.entries()
         return LedgerRun(entry, orders, replies, entries, stored, steps, off, retry, bench)
+
+    @cached_property
+    def moved(self) -> Message:
+        """The reply of a site that trains one round on 20 subjects."""
+        bench = site_bench(self.folder / "moved")
+        bench.start()
+        bench.put(crowd_of(20, bench.features))
+        return bench.ask("train", "north", 1)
 
     @cached_property
     def client(self) -> ClientRuns:

@@ -175,6 +175,7 @@ distillation = {{ enabled = false }}
 noise_multiplier = {noise_multiplier}
 sampling_prob = {sampling_prob}
 max_epsilon = 100.0
+engine = "{engine}"
 
 [[sites]]
 name = "north"
@@ -192,19 +193,23 @@ class Bench:
     Nothing of a site is imitated: policy, ledger, training and messages are those of a run.
     """
 
-    def __init__(self, folder: Path, features: int, learning_rate: float, **plan: float) -> None:
+    def __init__(
+        self, folder: Path, features: int, rate: float, engine: str = "auto", **plan: float
+    ) -> None:
         """Write the accord of two sites and make their nodes.
 
         Args:
             folder: an empty or new folder of its own.
             features: inputs of the linear model; it has 2 x features + 2 weights.
-            learning_rate: of SGD.
+            rate: the learning rate, of SGD.
+            engine: `privacy.engine` of the accord.
             plan: rounds, steps, noise_multiplier, sampling_prob, subjects (declared, each site).
         """
         self.folder, self.features = folder, features
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "accord.toml"
-        text = _ACCORD.format(features=features, learning_rate=repr(learning_rate), **plan)
+        about = {"features": features, "learning_rate": repr(rate), "engine": engine}
+        text = _ACCORD.format(**about, **plan)
         path.write_text(text, encoding="utf-8")
         self.accord = accords.load(path)
         config: dict[str, Any] = {"accord": str(path), "run": "", "sites": str(folder / "sites")}

@@ -102,7 +102,7 @@ def place(name: str) -> Path:
 
 def _hub(name: str) -> Path:
     """Find a model of the Hugging Face hub in its cache, or download it."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     for only_here in (True, False):
         try:

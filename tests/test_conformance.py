@@ -16,7 +16,7 @@ from fedaccord.conformance.data import clipped_sum_in_closed_form, crowd_of
 from fedaccord.conformance.faults import FAULTS, Fault
 from fedaccord.conformance.runs import laboratory
 from fedaccord.conformance.site import planted, replayed, tapped
-from fedaccord.privacy import audit, engines, noise
+from fedaccord.privacy import audit, bookkeeping, hooks, noise
 from fedaccord.privacy.plan import PrivacyPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -88,14 +88,14 @@ def test_a_fault_that_only_stops_the_site_is_not_counted_as_caught():
 
 
 def test_a_planted_function_is_replaced_wherever_it_is_known_and_put_back_after_an_error():
-    real = engines.clipped_sum
+    real = hooks.clipped_sum
     with (
         pytest.raises(ZeroDivisionError),
         planted("fedaccord.privacy.clipping:clipped_sum", lambda _: math.fsum),
     ):
-        assert engines.clipped_sum is math.fsum
+        assert hooks.clipped_sum is math.fsum
         raise ZeroDivisionError
-    assert engines.clipped_sum is real
+    assert hooks.clipped_sum is real
 
 
 def test_a_planted_method_and_property_are_put_back():
@@ -115,7 +115,9 @@ def test_after_every_fault_the_code_is_as_it_was():
         "add_noise": noise,
         "train_private": train,
         "train_and_record": client_app,
-        "clipped_sum": engines,
+        "_optimizer": train,
+        "clipped_sum": hooks,
+        "_norms": bookkeeping,
     }
     before = {name: getattr(module, name) for name, module in names.items()}
     methods = dict(vars(PrivacyPlan)), dict(vars(noise.OsSource))
@@ -124,6 +126,22 @@ def test_after_every_fault_the_code_is_as_it_was():
             pass
     assert {name: getattr(module, name) for name, module in names.items()} == before
     assert (dict(vars(PrivacyPlan)), dict(vars(noise.OsSource))) == methods
+
+
+@pytest.mark.parametrize("unguarded", [False, True])
+def test_weights_that_never_move_are_found_by_the_site_and_where_it_does_not_look_by_us(unguarded):
+    (fault,) = [one for one in FAULTS if one.name == "weights-still"]
+    guard = planted("fedaccord.client.train:refuse_still", lambda _: lambda *args: None)
+    with laboratory() as lab, guard if unguarded else contextlib.nullcontext(), fault.plant():
+        found = BY_NAME["weights-move"].run(lab)
+    assert found.alarm and not found.silent
+    assert found.figure.startswith("18 of 18 weights" if unguarded else "the site found it")
+
+
+def test_faults_of_the_clip_are_found_under_the_engine_that_has_them():
+    for name, engine in (("clip-none", "hooks"), ("book-clip-none", "bookkeeping")):
+        (fault,) = [one for one in FAULTS if one.name == name]
+        assert f"({engine})" in suite.plant(fault).caught["sensitivity-replay"].figure
 
 
 def test_replayed_randomness_repeats_and_a_longer_draw_begins_like_a_shorter_one():

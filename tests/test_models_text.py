@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from fedaccord.errors import AccordError
 from fedaccord.models.build import build, trained
 from fedaccord.models.pretrained import Pretrained, folder
 from fedaccord.privacy import engines
-from fedaccord.server.distillation import to_onnx
 from fedaccord.tasks import TaskSpec
 
 Options = dict[str, int | float | bool | str]
@@ -386,25 +384,3 @@ def test_minilm_trains_as_many_weights_as_the_documentation_says(tuning: str) ->
     count = sum(value.numel() for value in trained(model).values())
     (row,) = [line for line in TABLE.splitlines() if line.startswith(f'| `"{tuning}"` |')]
     assert row.endswith(f"| {count:,} |")
-
-
-@cache
-def student(name: str) -> nn.Module:
-    return build(name, SPEC, {"width": 8}, 0).eval()
-
-
-def test_a_student_that_reads_text_is_exported_and_answers_alike() -> None:
-    import onnxruntime
-
-    model, blank = student("text"), torch.from_numpy(SPEC.blank(2))
-    session = onnxruntime.InferenceSession(to_onnx(model, blank))
-    found = session.run(None, {"inputs": TOKENS.numpy()})[0]
-    torch.testing.assert_close(torch.from_numpy(found), model(TOKENS), rtol=1e-4, atol=1e-5)
-
-
-def test_a_bag_of_words_is_the_mean_of_its_words_in_any_order() -> None:
-    model = student("bag-of-words")
-    words = model.words.weight
-    expected = model.head(torch.stack([words[[2, 4, 6]].mean(dim=0), torch.zeros(8)]))
-    torch.testing.assert_close(model(TOKENS[1:]), expected)
-    torch.testing.assert_close(model(torch.tensor([[6, 2, 4, 0, 0, 0]])), expected[:1])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from fedaccord import accord as accords
 from fedaccord.accord import Accord
 from fedaccord.errors import AccordError, TaskError
-from fedaccord.tasks import Labelled, Records, SiteData, task_of
+from fedaccord.tasks import Records, SiteData, task_of
 
 TASK: dict[str, Any] = {
     "kind": "table",
@@ -392,42 +392,3 @@ def test_a_parquet_file_that_is_none_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"wards\.parquet: is no Parquet file") as caught:
         site(tmp_path, file="wards.parquet")
     assert "\n" not in str(caught.value)
-
-
-# --- what is public -----------------------------------------------------------------------------
-
-
-def test_made_up_rows_keep_to_the_declared_bounds_and_values() -> None:
-    task = task_of(accord(), Path("nowhere"))
-    drawn = task.public(4000, 0)
-    assert drawn.shape == (4000, 5) and drawn.dtype == np.float32
-    assert np.abs(drawn).max() <= 1 and np.array_equal(drawn, task.public(4000, 0))
-    age, gone = drawn[:, 0], drawn[:, 1] == 1
-    assert (age[gone] == 0).all() and 900 < gone.sum() < 1100
-    assert abs(age[~gone].mean()) < 0.06 and age[~gone].min() < -0.99 < 0.99 < age.max()
-    assert (drawn[:, 2:].sum(axis=1) == 1).all()
-
-
-def test_public_records_come_from_the_file_with_the_declared_hash(tmp_path: Path) -> None:
-    rows = [f"{20 + i},{['no', 'yes'][i % 2]},{['no', 'yes'][i // 2 % 2]}" for i in range(10)]
-    text = "\n".join(["age,smoker,again", *rows]) + "\n"
-    (tmp_path / "open.csv").write_text(text)
-    named = {"public_file": "open.csv", "public_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    task = task_of(accord(**named), tmp_path)
-    assert isinstance(task, Labelled) and not isinstance(task_of(accord(), tmp_path), Labelled)
-    inputs, labels = task.labelled()
-    assert labels.tolist() == [i // 2 % 2 for i in range(10)]
-    drawn = task.public(10, 3)
-    assert sorted(map(tuple, drawn)) == sorted(map(tuple, inputs)) and not (drawn == inputs).all()
-    assert len(task.public(25, 3)) == 25
-    (tmp_path / "open.csv").write_text(text.replace("29", "30"))
-    with pytest.raises(AccordError, match=r"task\.public_sha256 = .* is not that of open\.csv"):
-        task.public(1, 0)
-
-
-def test_public_records_with_a_fault_are_refused_by_row(tmp_path: Path) -> None:
-    text = "age,smoker\n20,no\n400,no\n"
-    (tmp_path / "open.csv").write_text(text)
-    named = {"public_file": "open.csv", "public_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    with pytest.raises(AccordError, match=r'open\.csv: row 3, column "age": 400 is outside 18'):
-        task_of(accord(**named), tmp_path).public(1, 0)
