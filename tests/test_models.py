@@ -339,9 +339,9 @@ def with_model(name: str, options: Options) -> Accord:
 
 
 def test_a_model_for_another_number_of_classes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.MODELS, "copycat", "torch.nn:Identity")
-    with pytest.raises(AccordError, match=r"gives shape \[2, \d+\] for 2 records, not \[2, 2\]"):
-        initial(with_model("copycat", {}), HEART)
+    monkeypatch.setattr(tabular, "mlp", lambda spec: nn.Linear(len(spec.features), 5))
+    with pytest.raises(AccordError, match=r"gives shape \[2, 5\] for 2 records, not \[2, 2\]"):
+        initial(with_model("mlp", {}), HEART)
 
 
 def test_an_unknown_model_is_refused_and_the_known_ones_are_named() -> None:
