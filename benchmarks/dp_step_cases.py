@@ -59,15 +59,19 @@ def _spec(
 
 
 TEXT = _spec((64,), 2, vocabulary=30_522)
-MINILM = {"width": 384, "layers": 6, "heads": 12, "ratio": 4.0}
-LONG = {"tokens": "steps", "width": 128, "layers": 4, "heads": 4}
+Options = dict[str, int | float | bool | str]
+MINILM: Options = {"width": 384, "layers": 6, "heads": 12, "ratio": 4.0}
+FULL: Options = {"tuning": "full"}
+FROZEN: Options = {"tuning": "frozen-embeddings"}
+LORA: Options = {"tuning": "lora", "lora_rank": 8}
+LONG: Options = {"tokens": "steps", "width": 128, "layers": 4, "heads": 4}
 
 CASES = (
     Case("cnn", "cnn2d", _spec((1, 28, 28), 10), {}, 64, 1.40),
     Case("resnet18", "resnet18", _spec((3, 32, 32), 10), {}, 16, 1.50),
     Case("credit", "transformer", Credit.spec, {"tokens": "steps"}, 64, 1.30),
     Case("long table", "transformer", _spec((260,), 2, sequence=(64, 4)), LONG, 64, 1.30),
-    Case("minilm full", "text", TEXT, {**MINILM, "tuning": "full"}, 16, 1.45),
-    Case("minilm frozen", "text", TEXT, {**MINILM, "tuning": "frozen-embeddings"}, 16, 1.40),
-    Case("minilm lora", "text", TEXT, {**MINILM, "tuning": "lora", "lora_rank": 8}, 16, 1.05),
+    Case("minilm full", "text", TEXT, MINILM | FULL, 16, 1.45),
+    Case("minilm frozen", "text", TEXT, MINILM | FROZEN, 16, 1.40),
+    Case("minilm lora", "text", TEXT, MINILM | LORA, 16, 1.05),
 )

@@ -161,6 +161,7 @@ WAYS: dict[str, Callable[[Case, float], Way]] = {
     "hooks": lambda case, clip: Ours(case, clip, "hooks"),
     "ghost (float64)": lambda case, clip: Ours(case, clip, "ghost", "float64"),
     BOOKKEEPING: lambda case, clip: Ours(case, clip, "bookkeeping"),
+    "bookkeeping (float64)": lambda case, clip: Ours(case, clip, "bookkeeping", "float64"),
 }
 
 

@@ -5,6 +5,9 @@ relative to max_grad_norm. It bounds the excess over max_grad_norm of that recor
 largest is shown over weights (as built; up to MAX_WEIGHT at random; up to MAX_WEIGHT and
 cancelling), batches of 1 to 1,024 records, and the place of the record that leaves.
 
+Under book-keeping what is left is the rounding of finished gradients that are added up: at most
+2.5e-4 (`privacy.parts`), whatever the weights.
+
 "pages" is what training does: the record's place stays empty. "packed" is the usual way, a batch
 that is one shorter, in which every other record's gradient may change in its last digits.
 """
@@ -21,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fedaccord.client.train import MAX_WEIGHT, MICRO_BATCH
+from fedaccord.client.train import MAX_WEIGHT
 from fedaccord.models.build import build
 from fedaccord.privacy import engines
 from fedaccord.privacy.noise import OsSource
 from fedaccord.privacy.plan import SLACK
-from fedaccord.privacy.sampling import EMPTY, pages
+from fedaccord.privacy.sampling import EMPTY, MICRO_BATCH, pages
 from fedaccord.tasks import TaskSpec
 
 WIDTH = 16
@@ -177,7 +180,8 @@ def main() -> None:
     table = Table(title="change of the others' sum / max_grad_norm")
     for column in ("engine", "precision", "model", "pages", "packed", "slack"):
         table.add_column(column, justify="left" if column < "p" else "right")
-    for engine, precision in [("hooks", name) for name in SLACK] + [("ghost", "float64")]:
+    several = [(engine, name) for engine in ("bookkeeping", "hooks") for name in SLACK]
+    for engine, precision in [*several, ("ghost", "float64")]:
         for name in MODELS:
             paged, packed = largest(name, engine, precision, asked.tries, asked.device)
             slack = f"{SLACK[precision]:g}"

@@ -18,7 +18,7 @@ from fedaccord.privacy import engines
 from fedaccord.privacy.clipping import SubjectOptimizer
 from fedaccord.privacy.noise import OsSource, Source
 from fedaccord.privacy.plan import PrivacyPlan
-from fedaccord.privacy.sampling import SubjectSampler, pages
+from fedaccord.privacy.sampling import SubjectSampler, page_shape, pages
 from fedaccord.privacy.views import Views
 from fedaccord.tasks import Records
 
@@ -108,6 +108,8 @@ def train_private(
     records, sampler = _indexed(plan, records)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            if records is not None:
+                passes.warm(records, page_shape(plan.normaliser, how.page_rows)[1])
             for step in range(plan.steps):
                 source = entropy()
                 rows = sampler.draw(source)

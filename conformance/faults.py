@@ -20,12 +20,14 @@ class Fault:
         words: what is wrong.
         plant: breaks the installed code for the duration of a `with` block.
         checks: which are run while it is planted; at least one of them must raise an alarm.
+        engines: under which sums are replayed meanwhile.
     """
 
     name: str
     words: str
     plant: Callable[[], AbstractContextManager[None]]
     checks: tuple[str, ...]
+    engines: tuple[str, ...] = ("bookkeeping",)
 
 
 NOISE = [
@@ -83,26 +85,36 @@ NOISE = [
     ),
     Fault("noise-seeded", "noise from a seeded generator", plants.seeded, ("noise-restarts",)),
 ]
+HOOKS = ("hooks",)  # the engine that clips by `privacy.clipping.clipped_sum`
 CLIP = [
-    Fault("clip-none", "no clip", plants.clip(plants.no_clip), ("sensitivity-replay",)),
+    Fault("clip-none", "no clip", plants.clip(plants.no_clip), ("sensitivity-replay",), HOOKS),
     Fault(
         "clip-after-sum",
         "the sum is clipped, not each subject",
         plants.clip(plants.clip_after),
         ("sensitivity-replay", "sum-oracle"),
+        HOOKS,
     ),
     Fault(
         "clip-by-layer",
         "each layer is clipped by itself, to the whole bound",
         plants.clip(plants.clip_by_layer),
         ("sensitivity-replay",),
+        HOOKS,
     ),
-    Fault("nan-kept", "a NaN record stays", plants.clip(plants.nan_kept), ("sensitivity-replay",)),
+    Fault(
+        "nan-kept",
+        "a NaN record stays",
+        plants.clip(plants.nan_kept),
+        ("sensitivity-replay",),
+        HOOKS,
+    ),
     Fault(
         "infinity-times-zero",
         "an infinite gradient is multiplied by zero",
         plants.clip(plants.times_zero),
         ("sensitivity-replay",),
+        HOOKS,
     ),
     Fault(
         "book-clip-none",

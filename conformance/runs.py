@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,8 +153,8 @@ def drawn(totals: list[Floats], features: int, bound: float) -> npt.NDArray[np.i
 class Lab:
     """Runs that are made when a check asks for them, each once, with whatever fault is planted."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, engines: Iterable[str]) -> None:
+        self.folder, self._engines = folder, engines
 
     @cached_property
     def noise(self) -> NoiseRuns:
@@ -213,7 +213,7 @@ class Lab:
     @cached_property
     def replays(self) -> dict[str, ReplayRuns]:
         """Single steps on neighbouring data sets under the same recorded randomness, by engine."""
-        return {engine: self._replay(engine) for engine in ENGINES}
+        return {engine: self._replay(engine) for engine in self._engines}
 
     def _replay(self, engine: str) -> ReplayRuns:
         features = 8
@@ -353,8 +353,12 @@ def site_bench(folder: Path) -> Bench:
 
 
 @contextmanager
-def laboratory() -> Iterator[Lab]:
-    """Make a lab in a temporary folder, with a home of its own, and clean up after it."""
+def laboratory(engines: Iterable[str] = ENGINES) -> Iterator[Lab]:
+    """Make a lab in a temporary folder, with a home of its own, and clean up after it.
+
+    Args:
+        engines: under which sums are replayed.
+    """
     home = os.environ.get("FEDACCORD_HOME")
     loggers = [logging.getLogger(), logging.getLogger("flwr")]  # what they say belongs to no run
     handlers = [logger.handlers for logger in loggers]
@@ -363,7 +367,7 @@ def laboratory() -> Iterator[Lab]:
     with tempfile.TemporaryDirectory(prefix="fedaccord-conformance-") as name, site.registered():
         os.environ["FEDACCORD_HOME"] = str(Path(name) / "home")
         try:
-            yield Lab(Path(name))
+            yield Lab(Path(name), engines)
         finally:
             for logger, known in zip(loggers, handlers, strict=True):
                 logger.handlers = known

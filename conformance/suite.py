@@ -37,7 +37,7 @@ def plant(fault: Fault) -> Outcome:
     refuse some of these faults before INTENT, is left out meanwhile: here the checks are tested.
     """
     no_probe = planted("fedaccord.client.site:probe", lambda _: lambda *args, **more: None)
-    with laboratory() as lab, no_probe, fault.plant():
+    with laboratory(fault.engines) as lab, no_probe, fault.plant():
         found = {name: BY_NAME[name].run(lab) for name in fault.checks}
     caught = {name: one for name, one in found.items() if one.alarm and not one.silent}
     return Outcome(fault, caught)

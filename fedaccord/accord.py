@@ -56,7 +56,7 @@ class ModelSection(Section):
     options: Options = Field(default={})
     pretrained: str | None = Field(default=None, min_length=1, max_length=500)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
-    frozen: Starts = []
+    frozen: Starts = Field(default=[])
 
     @model_validator(mode="after")
     def _weights_by_hash(self) -> ModelSection:

@@ -22,6 +22,7 @@ from fedaccord.privacy.parts import Part, Ways, Whole
 from fedaccord.privacy.passes import Keep, Page, PageEngine
 from fedaccord.privacy.uses import USES
 
+SMALL = 4096  # weights up to this size are worked out together
 TRIES = 3  # of each kernel when the fastest is looked for
 KERNELS: dict[tuple[Any, ...], str] = {}  # the fastest by kind and shapes, in this process
 ASKED = ("dtype", "shape", "device", "ndim", "requires_grad", "is_leaf", "layout", "grad_fn")
@@ -127,24 +128,35 @@ class BookkeepingEngine(PageEngine):
 
     @torch.no_grad()
     def _page_norms(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return _norms(self._run(inputs, labels), len(inputs))
+        return _norms([part for _, part in _joined(self._run(inputs, labels))], len(inputs))
 
     @torch.no_grad()
     def _page_sum(self, page: Page, max_grad_norm: float, keep: Keep) -> torch.Tensor:
-        found = self._run(*page)
-        norms = _norms(found, len(page[0]))
-        weights = factors(norms, max_grad_norm, keep)
+        found = _joined(self._run(*page))
+        norms = _norms([part for _, part in found], len(page[0]))
         finite = torch.isfinite(norms)
-        total = torch.empty(sum(p.numel() for p in self._trained.values()), dtype=torch.float64)
-        places = total.split([p.numel() for p in self._trained.values()])
-        for (_, part), place in zip(found, places, strict=True):
+        weights = factors(norms, max_grad_norm, keep)
+        sizes = [p.numel() for p in self._trained.values()]
+        total = torch.empty(sum(sizes), dtype=torch.float64)
+        places = dict(zip(self._trained, total.split(sizes), strict=True))
+        if self._place["dtype"] != torch.float64:
+            weights = weights.to(torch.float32)
+        weights = weights.to(self._place["device"])
+        for names, part in found:
             if part is None:
-                place.zero_()
+                for name in names:
+                    places[name].zero_()
                 continue
             if not finite.all():
-                part.empty(~finite)
+                part.empty(~finite.to(weights.device))
             made = part.total(weights)
-            place.view(made.shape).copy_(made)
+            if len(names) == 1:
+                places[names[0]].view(made.shape).copy_(made)
+                continue
+            for name, piece in zip(
+                names, made.split([places[name].numel() for name in names]), strict=True
+            ):
+                places[name].copy_(piece)
         if not torch.isfinite(total.sum()):
             raise ValueError("the clipped sum is not finite")
         return total
@@ -152,6 +164,20 @@ class BookkeepingEngine(PageEngine):
     def _forget(self) -> None:
         for parameter in self._trained.values():
             parameter.grad = None
+
+
+Found = list[tuple[list[str], Part | None]]  # the part of a weight, or of several small ones
+
+
+def _joined(found: list[tuple[str, Part | None]]) -> Found:
+    """Join the gradients of small weights, so that all have one norm and one sum."""
+    small = [(name, p) for name, p in found if isinstance(p, Whole) and p.size <= SMALL]
+    if len(small) < 2:
+        return [([name], part) for name, part in found]
+    names = {name for name, _ in small}
+    rows = torch.cat([part.each() for _, part in small], dim=1)
+    rest: Found = [([name], part) for name, part in found if name not in names]
+    return [([name for name, _ in small], Whole(rows)), *rest]
 
 
 def _together(parts: list[Part]) -> Part | None:
@@ -164,9 +190,9 @@ def _together(parts: list[Part]) -> Part | None:
     return Whole(total)
 
 
-def _norms(found: list[tuple[str, Part | None]], records: int) -> torch.Tensor:
-    """Each record's norm over all weights, float64 (n,)."""
-    squares = [part.squares.cpu().double() for _, part in found if part is not None]
+def _norms(parts: list[Part | None], records: int) -> torch.Tensor:
+    """Each record's norm over all weights, float64 (n,) on the CPU."""
+    squares = [part.squares for part in parts if part is not None]
     if not squares:
         return torch.zeros(records, dtype=torch.float64)
-    return torch.stack(squares).sum(0).sqrt()
+    return torch.stack(squares).cpu().double().sum(0).sqrt()

@@ -46,18 +46,27 @@ class Book(Protocol):
         ...
 
 
+def check_rows(tensor: torch.Tensor, rows: int) -> None:
+    """Hold a tensor to (n * k, ...) for n records.
+
+    Raises:
+        ValueError: the first axis does not hold the records.
+    """
+    if tensor.dim() == 0 or len(tensor) % rows:
+        raise ValueError(
+            f"a layer is fed {list(tensor.shape)} for {rows} records, not one gradient for each "
+            "record: without the batch axis, or with it not in the first place"
+        )
+
+
 def per_record(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """Split (n * k, ...) into (n, k, ...).
 
     Raises:
         ValueError: the first axis does not hold the records.
     """
-    if tensor.dim() == 0 or (len(tensor) % rows if rows else len(tensor)):
-        raise ValueError(
-            f"a layer is fed {list(tensor.shape)} for {rows} records, not one gradient for each "
-            "record: without the batch axis, or with it not in the first place"
-        )
-    return tensor.reshape(rows, len(tensor) // rows if rows else 1, *tensor.shape[1:])
+    check_rows(tensor, rows)
+    return tensor.reshape(rows, len(tensor) // rows, *tensor.shape[1:])
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,12 +95,12 @@ class Linear(Function):  # type: ignore[misc]
         """Give the inputs' gradient; note the parts of weight and bias."""
         (inputs,) = ctx.saved_tensors
         book, weight, bias = ctx.book, ctx.weight, ctx.bias
+        check_rows(back, book.rows)
+        ends = exact(back).reshape(book.rows, -1, back.shape[-1])
         if bias is not None and bias.requires_grad:
-            per_record(back, book.rows)
-            book.note(bias, _summed(back, book.rows, 1))
+            book.note(bias, Whole(ends.sum(1)))
         if weight.requires_grad:
-            rows = exact(per_record(inputs, book.rows)).reshape(book.rows, -1, inputs.shape[-1])
-            ends = exact(per_record(back, book.rows)).reshape(book.rows, -1, back.shape[-1])
+            rows = exact(inputs).reshape(book.rows, -1, inputs.shape[-1])
             if rows.shape[1] == 1:
                 book.note(weight, Outer(rows[:, 0], ends[:, 0]))
             else:
@@ -125,8 +134,7 @@ class Convolution(Function):  # type: ignore[misc]
                 back, inputs, _image(weight), None, how["stride"], how["padding"], how["dilation"],
                 False, [0, 0], how["groups"], [True, False, False],
             )[0]  # fmt: skip
-        if len(inputs) != book.rows:
-            per_record(inputs, book.rows)
+        check_rows(inputs, book.rows)
         if bias is not None and bias.requires_grad:
             split = exact(per_record(back, book.rows)).sum((-1, -2))
             book.note(bias, Whole(split.sum(1)))
@@ -232,9 +240,9 @@ class LayerNorm(Function):  # type: ignore[misc]
         """Give the inputs' gradient; note the parts of weight and bias."""
         inputs, mean, inverse = ctx.saved_tensors
         weight, bias, book, axes = ctx.weight, ctx.bias, ctx.book, len(ctx.shape)
-        per_record(inputs, book.rows)
+        check_rows(inputs, book.rows)
         if weight.requires_grad:
-            made = exact(back) * ((inputs - mean) * inverse)
+            made = ((inputs - mean) * inverse).mul_(back)
             book.note(weight, _summed(made, book.rows, axes))
         if bias is not None and bias.requires_grad:
             book.note(bias, _summed(back, book.rows, axes))

@@ -18,6 +18,7 @@ FOLD^2 u C = 2.5e-4 C in float32, whatever they are (Higham 2002, section 4.2).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -32,7 +33,10 @@ One = Callable[[int, torch.Tensor], torch.Tensor]  # record i, its output gradie
 class Part(Protocol):
     """One use of a weight on a page of n records."""
 
-    squares: torch.Tensor  # (n,): square of the L2 norm of each record's gradient
+    @property
+    def squares(self) -> torch.Tensor:
+        """Square of the L2 norm of each record's gradient, (n,)."""
+        ...
 
     def each(self) -> torch.Tensor:
         """Each record's gradient, (n, size of the weight)."""
@@ -93,7 +97,16 @@ class Whole:
     def __init__(self, gradients: torch.Tensor) -> None:
         """Hold the gradients (n, *shape of the weight)."""
         self._rows = gradients.reshape(len(gradients), -1)
-        self.squares = square(self._rows)
+
+    @cached_property
+    def squares(self) -> torch.Tensor:
+        """See `Part.squares`; worked out when asked for, since small parts are joined first."""
+        return square(self._rows)
+
+    @property
+    def size(self) -> int:
+        """Numbers of a record's gradient."""
+        return self._rows.shape[1]
 
     def each(self) -> torch.Tensor:
         """See `Part.each`."""
@@ -109,6 +122,7 @@ class Whole:
     def empty(self, rows: torch.Tensor) -> None:
         """See `Part.empty`."""
         self._rows = _without(self._rows, rows)
+        self.__dict__.pop("squares", None)
 
 
 class Reordered:
@@ -362,8 +376,11 @@ class Looked:
             back: gradients (n, positions, width).
             table: rows of the table.
         """
-        self._ids, self._rows = ids, table
+        self._ids, self._rows, self._sums = ids, table, back
         same = ids[:, :, None] == ids[:, None, :]  # (n, positions, positions)
+        if int(same.sum()) == ids.numel() and int(ids.min()) >= 0:  # as positions are
+            self.squares = square(back)
+            return
         first = ~torch.tril(same, diagonal=-1).any(dim=2) & (ids >= 0)  # of its id in the record
         back = torch.where((ids >= 0)[:, :, None], back, torch.zeros_like(back))
         self._sums = torch.bmm((same & first[:, :, None]).to(back.dtype), back)

@@ -82,7 +82,7 @@ KINDS = ["bounded", "alike", "huge", "not finite", "labels that do not exist", "
 @pytest.mark.parametrize("name", MODELS)
 def test_one_subject_moves_a_step_by_at_most_the_sensitivity(name, kind):
     excess = 0.0
-    for n in (1, 2, 9, 257, 1024):
+    for n in (1, 2, 9, 300):  # the last one takes more than one page
         data = adversarial(n, kind)
         excess = max(excess, *(moved(name, data, row) - 1 for row in {0, n // 2, n - 1}))
     print(f"largest excess of {name}, {kind}: {excess:.1e}")
@@ -183,9 +183,10 @@ def fussy(backwards):
         return Fussy(backwards)
 
 
-@pytest.mark.parametrize("engine", ["hooks", "ghost"])
-@pytest.mark.parametrize("fault", ["forwards", "backwards", "label"])
-@pytest.mark.parametrize("row", [0, 300, 599])
+@pytest.mark.parametrize("engine", ["bookkeeping", "hooks", "ghost"])
+@pytest.mark.parametrize(
+    ("fault", "row"), [("forwards", 0), ("backwards", 300), ("backwards", 599), ("label", 300)]
+)
 def test_a_record_that_makes_the_model_raise_removes_only_itself(fault, row, engine):
     data = some(600)
     if fault == "label":

@@ -165,7 +165,7 @@ def test_any_declared_table_can_be_read_back_from_its_inputs(
                 held = [value for value in it["values"] if inputs_of[place[f"{name}={value}"]]]
                 assert held == ([] if row[name] is None else [row[name]])
             elif row[name] is not None:
-                back = (inputs_of[place[name]] + 1) / 2 * (it["max"] - it["min"]) + it["min"]
+                back = (float(inputs_of[place[name]]) + 1) / 2 * (it["max"] - it["min"]) + it["min"]
                 assert back == pytest.approx(row[name], abs=1e-6 * (it["max"] - it["min"]))
 
 
