@@ -17,7 +17,6 @@ from fedaccord.privacy.sampling import EMPTY, MICRO_BATCH
 from fedaccord.privacy.views import Views
 from fedaccord.tasks import Records
 
-
 _WARM: set[tuple[object, ...]] = set()  # what has been run blank in this process
 
 
@@ -77,7 +76,11 @@ class Passes:
             subjects=np.zeros(1, np.int64),
             groups={},
         )
-        self.clipped_sum(blank, np.where(np.arange(rows) == 0, 0, EMPTY), 0)
+        try:
+            self.clipped_sum(blank, np.where(np.arange(rows) == 0, 0, EMPTY), 0)
+        except Exception as fault:  # records of another shape, say: steps are noise alone
+            log.warning("a blank page raised %s", type(fault).__name__)
+            self.renew()
 
     def clipped_sum(
         self, records: Records, page: npt.NDArray[np.int64], masks: int
