@@ -135,7 +135,7 @@ class Ours:
 
     def step(self) -> None:
         """See `Way.step`."""
-        mean, offset = (self.total() / len(self._inputs)).to(self._trained[0].dtype), 0
+        mean, offset = self.total().div_(len(self._inputs)).to(self._trained[0].dtype), 0
         for parameter in self._trained:
             part = mean[offset : offset + parameter.numel()]
             offset += parameter.numel()

@@ -114,7 +114,7 @@ class Site:
 
         self.policy.check(self.accord, self.name, kind=kind, parameters=parameters, now=now)
         try:
-            refuse_missing(self.task)
+            refuse_missing(self.task, [self.name])
         except TaskError as fault:  # else every round would be noise alone
             raise PolicyError("task", str(fault)) from None
         if digest not in _faults:

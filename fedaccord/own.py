@@ -117,6 +117,19 @@ class OwnTask:
             _held[key] = (version, loaded.data)
         return _held[key][1]
 
+    def look(self, name: str) -> None:
+        """Look for a site's file, without reading it.
+
+        Raises:
+            TaskError: it is not there; the message may travel, and names the file as the accord does.
+        """
+        if not site_file(self.section, name, self.home, self.data).is_file():
+            file = self.section.file.replace("{site}", name)
+            raise TaskError(
+                f'task.file = "{file}": site {name} has no such file. Put its records there; '
+                "`fedaccord task check` says where it is looked for."
+            )
+
     def load(self, name: str) -> Loaded:
         """Read a site's file with all that is wrong in it; what it returns stays at the site.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -144,16 +144,24 @@ def task_of(accord: Accord, home: Path, data: Path | None = None) -> Task:
     return OwnTask(accord.task, tuple(accord.roster), home, data)
 
 
-def refuse_missing(task: Task) -> None:
-    """Refuse a task whose data was not fetched, before a round would be spent on noise alone.
+def refuse_missing(task: Task, sites: Iterable[str]) -> None:
+    """Refuse a task whose data is not there, before a round would be spent on noise alone.
 
-    A task names what it reads of the cache in `needs`. Files are looked for and not read.
+    A task names what it reads of the cache in `needs`; one of the user's own data looks for each
+    site's file in `look`. Files are looked for and not read.
+
+    Args:
+        task: the task.
+        sites: those that are on this machine.
 
     Raises:
-        TaskError: the first one that is not on this machine; the message says how to fetch it.
+        TaskError: the first one that is not on this machine; the message says what to do.
     """
     for name in getattr(task, "needs", ()):
         data.path(name)
+    look = getattr(task, "look", None)
+    for site in sites if look else ():
+        look(site)
 
 
 def check_fits(accord: Accord, task: Task) -> None:

@@ -7,6 +7,7 @@ arguments are those of the functions of torch.nn.functional that they stand for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -181,9 +182,7 @@ def convolved(
             return seen[i:j, 0].reshape(j - i, high * across, size)
 
         made = products(windows, ends, size)
-        ways = {
-            name: lambda make=make: Reordered(make(), shape, axes) for name, make in made.items()
-        }
+        ways = {name: _reorders(make, shape, axes) for name, make in made.items()}
 
         def one(i: int, end: torch.Tensor) -> torch.Tensor:
             return torch.ops.aten.convolution_backward(
@@ -199,6 +198,13 @@ def convolved(
         seen.reshape(images, groups, high * across, size),
     ).reshape(book.rows, -1, outputs * size)
     return Reordered(Whole(every.sum(1)), shape, axes)
+
+
+def _reorders(
+    make: Callable[[], Part], shape: tuple[int, ...], axes: tuple[int, ...]
+) -> Callable[[], Part]:
+    """Reorder the part that a way makes."""
+    return lambda: Reordered(make(), shape, axes)
 
 
 class Embedding(Function):  # type: ignore[misc]

@@ -205,6 +205,6 @@ def simulate(
     from fedaccord.server.app import app as server_app
 
     agreed = accords.load(accord)
-    refuse_missing(task_of(agreed, accords.find(accord).parent))
+    refuse_missing(task_of(agreed, accords.find(accord).parent), agreed.roster)
     config: Config = {"accord": str(accord), "run": str(run), "sites": str(sites.resolve())}
     run_in_process(server_app, client_app, nodes, config, on_reply)

@@ -136,3 +136,18 @@ def test_a_deployed_site_trains_on_its_own_folder_and_not_on_files_beside_the_ac
     told.ledger.close()
     data = told.task.site("north")
     assert len(data.train) + len(data.test) == 10
+
+
+def test_a_site_without_its_file_stops_a_simulation_before_a_round_is_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accord = write(tmp_path)
+    (tmp_path / "wards.csv").unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fedaccord", "simulate", str(accord)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert 'task.file = "wards.csv": site north has no such file' in said
+    assert not list(tmp_path.rglob("ledger.sqlite"))
