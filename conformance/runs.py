@@ -170,7 +170,7 @@ class Lab:
         with site.tapped() as tap:
             for name in ("noise", "noise-again"):
                 reseed()
-                bench = Bench(self.folder / name, 50_000, 1.0, **setting)
+                bench = Bench(self.folder / name, 50_000, 1.0, "auto", **setting)
                 bench.start()
                 rounds.append(bench.sum_of(bench.train(1)))
                 if name == "noise":

@@ -18,8 +18,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from fedaccord.privacy.clipping import factors
-from fedaccord.privacy.parts import Part, Ways, Whole
+from fedaccord.privacy.parts import Part, Whole
 from fedaccord.privacy.passes import Keep, Page, PageEngine
+from fedaccord.privacy.products import Ways
 from fedaccord.privacy.uses import USES
 
 SMALL = 4096  # weights up to this size are worked out together

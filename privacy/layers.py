@@ -13,16 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from fedaccord.privacy.parts import (
-    Looked,
-    Outer,
-    Part,
-    Reordered,
-    Ways,
-    Whole,
-    looped,
-    products,
-)
+from fedaccord.privacy.parts import Looked, Outer, Part, Reordered, Whole
+from fedaccord.privacy.products import Ways, looped, products
 
 Function: Any = torch.autograd.Function  # torch ships no type that can be inherited from
 
@@ -167,11 +159,11 @@ def convolved(
     padded = functional.pad(inputs.permute(0, 2, 3, 1), (0, 0, beside, beside, above, above))
     padded = padded.contiguous()  # (images, height, width, groups * channels)
     high, across = back.shape[2:]
-    image, row, column, one = padded.stride()
-    step, stride = (how["stride"][0] * row, how["stride"][1] * column), one * channels
+    image, row, column, unit = padded.stride()
+    step, stride = (how["stride"][0] * row, how["stride"][1] * column), unit * channels
     seen = padded.as_strided(  # (images, groups, high, across, tall, broad, channels), no copy
         (images, groups, high, across, tall, broad, channels),
-        (image, stride, *step, down * row, right * column, one),
+        (image, stride, *step, down * row, right * column, unit),
     )
     size = tall * broad * channels
     ends = back.reshape(images, outputs, high * across)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from fedaccord.privacy import bookkeeping, engines, parts
+from fedaccord.privacy import bookkeeping, engines, products
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -291,7 +291,9 @@ def test_every_layers_norms_and_clipped_sums_are_those_of_batches_of_one(kind, m
         way, block = data.draw(st.sampled_from(WAYS)), data.draw(st.sampled_from([4, 32, 2**18]))
         model, inputs, labels = drawn(data, kind, torch.float64)
         with monkeypatch.context() as patch:
-            patch.setattr(parts, "BLOCK", block)  # so that small layers are split into blocks too
+            patch.setattr(
+                products, "BLOCK", block
+            )  # so that small layers are split into blocks too
             patch.setattr(bookkeeping, "KERNELS", {})
             patch.setattr(bookkeeping, "_fastest", lambda ways, _: way if way in ways else "gram")
             check(model, inputs, labels, way != "by rule")
