@@ -121,7 +121,7 @@ class OwnTask:
         """Look for a site's file, without reading it.
 
         Raises:
-            TaskError: it is not there; the message may travel: it names the file as the accord does.
+            TaskError: it is not there; the message, which may travel, names no folder of the site.
         """
         if not site_file(self.section, name, self.home, self.data).is_file():
             file = self.section.file.replace("{site}", name)

@@ -159,9 +159,9 @@ def refuse_missing(task: Task, sites: Iterable[str]) -> None:
     """
     for name in getattr(task, "needs", ()):
         data.path(name)
-    look = getattr(task, "look", None)
-    for site in sites if look else ():
-        look(site)
+    if look := getattr(task, "look", None):
+        for site in sites:
+            look(site)
 
 
 def check_fits(accord: Accord, task: Task) -> None:

@@ -9,7 +9,7 @@ import torch
 from fedaccord.privacy.parts import Folded, Part, Whole, folds, square, wide, without
 
 BLOCK = 2**18  # numbers of one block of products: it should stay in a core's second cache
-HELD = 4  # gradients are held where they are at most so many times as many as what makes them
+HELD = 2**20  # numbers: gradients of a page that are no more are held anyhow
 Windows = Callable[[int, int], torch.Tensor]  # of records i to j: (j - i, positions, inputs)
 One = Callable[[int, torch.Tensor], torch.Tensor]  # record i, its output gradient: its gradient
 Ways = dict[str, Callable[[], Part]]  # to make one part, the best by rule first
@@ -148,15 +148,15 @@ def products(windows: Windows, back: torch.Tensor, inputs: int) -> Ways:
     }
     if positions >= outputs:
         ways = {"direct": ways.pop("direct")} | ways
-    if _few(outputs * inputs, positions, outputs + inputs):
+    if _few(back, outputs * inputs, positions * (outputs + inputs)):
         held: Ways = {"held": lambda: Whole(Products(windows, back, inputs).each())}
         ways = held | ways
     return ways
 
 
-def _few(weights: int, positions: int, width: int) -> bool:
-    """Whether a record's gradient is small enough to be held."""
-    return weights <= HELD * positions * width
+def _few(back: torch.Tensor, weights: int, made_of: int) -> bool:
+    """Whether gradients are held: where they are few, or fewer than what they are made of."""
+    return len(back) * weights <= HELD or weights <= made_of
 
 
 class Looped:
@@ -202,6 +202,6 @@ def looped(one: One, back: torch.Tensor, windows: Windows, inputs: int) -> Ways:
     ways: Ways = {
         "gram, looped": lambda: Looped(one, back, _gram(windows, ends, inputs)),
     }
-    if _few(outputs * inputs, ends.shape[2], outputs + inputs):
+    if _few(back, outputs * inputs, ends.shape[2] * (outputs + inputs)):
         ways["held, looped"] = lambda: Whole(Looped(one, back, back.new_zeros(0)).each())
     return ways

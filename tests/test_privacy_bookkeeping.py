@@ -291,9 +291,7 @@ def test_every_layers_norms_and_clipped_sums_are_those_of_batches_of_one(kind, m
         way, block = data.draw(st.sampled_from(WAYS)), data.draw(st.sampled_from([4, 32, 2**18]))
         model, inputs, labels = drawn(data, kind, torch.float64)
         with monkeypatch.context() as patch:
-            patch.setattr(
-                products, "BLOCK", block
-            )  # so that small layers are split into blocks too
+            patch.setattr(products, "BLOCK", block)  # so that small layers are split too
             patch.setattr(bookkeeping, "KERNELS", {})
             patch.setattr(bookkeeping, "_fastest", lambda ways, _: way if way in ways else "gram")
             check(model, inputs, labels, way != "by rule")

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from fedaccord.privacy import layers, products
+from fedaccord.privacy import layers
+from fedaccord.privacy import products as ways_of
 from fedaccord.privacy.clipping import factors
 from fedaccord.privacy.parts import FOLD, Looked, Outer, Reordered, Whole
 from fedaccord.privacy.products import Products
@@ -54,7 +55,7 @@ def test_every_way_of_products_gives_the_same_norms_gradients_and_sums(monkeypat
     @given(products(), st.sampled_from([4, 32, 2**18]), st.integers(0, 2**31))
     @settings(deadline=None, max_examples=60)
     def law(drawn, block, seed):
-        monkeypatch.setattr(products, "BLOCK", block)  # so that small ones are split as well
+        monkeypatch.setattr(ways_of, "BLOCK", block)  # so that small ones are split as well
         windows, back = drawn
         rows = gradients(windows, back)
         weigh = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed)).double()
