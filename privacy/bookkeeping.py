@@ -3,19 +3,21 @@
 The backward pass gives the gradients of activations, which any training needs, and notes for every
 weight the parts from which each record's norm and the clipped sum are made (Bu et al. 2022,
 "Differentially private optimization on large model at small cost", book-keeping). What a model
-does is seen by torch's own mechanism for functions (`TorchFunctionMode`), not by hooks on layers:
-a weight that is used twice, or by two layers, is noted twice, and any use of a trained weight that
-is not known here is refused by name.
+does with its trained weights is seen by torch's own mechanism (`__torch_function__`), not by hooks
+on layers: a weight that is used twice, or by two layers, is noted twice, and any use of a trained
+weight that is not known here is refused by name.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import resolve_name
 
 from fedaccord.privacy.clipping import factors
 from fedaccord.privacy.parts import Part, Whole
@@ -29,35 +31,64 @@ KERNELS: dict[tuple[Any, ...], str] = {}  # the fastest by kind and shapes, in t
 ASKED = ("dtype", "shape", "device", "ndim", "requires_grad", "is_leaf", "layout", "grad_fn")
 
 
-class Watch(TorchFunctionMode):
-    """The functions of one forward pass; those that read a trained weight note its parts."""
+_now = threading.local()  # .watch: of the forward pass that this thread is in
 
-    def __init__(self, trained: dict[int, str], rows: int, measured: bool) -> None:
+
+class _Noted(nn.Parameter):
+    """What trained weights are during a forward pass: torch hands over what reads one."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let the watch run the function."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return _now.watch.run(func, args, kwargs or {})
+
+
+class Watch:
+    """One forward pass: the functions in it that read a trained weight note its parts."""
+
+    def __init__(self, trained: dict[str, nn.Parameter], rows: int, measured: bool) -> None:
         """Watch a page.
 
         Args:
-            trained: names of the trained weights by id.
+            trained: the trained weights by name.
             rows: records on the page.
             measured: whether kernels are chosen by measuring; else by rule.
         """
-        super().__init__()
-        self.rows, self._trained, self._measured = rows, trained, measured
+        self.rows, self._measured, self._weights = rows, measured, list(trained.values())
+        self._trained = {id(weight): name for name, weight in trained.items()}
         self.parts: dict[int, list[Part]] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function of torch, by our own where it reads a trained weight."""
-        kwargs = kwargs or {}
+    def __enter__(self) -> None:
+        self._before = [type(weight) for weight in self._weights]
+        for weight in self._weights:
+            weight.__class__ = _Noted
+        _now.watch = self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for weight, was in zip(self._weights, self._before, strict=True):
+            weight.__class__ = was
+        _now.watch = None
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a function of torch that reads a trained weight, by our own."""
         used = [a for a in (*args, *kwargs.values()) if id(a) in self._trained]
         if not used:
             for value in args:  # cat and stack take lists
                 if isinstance(value, list | tuple):
                     used += [a for a in value if id(a) in self._trained]
-        if not used or _asks(func):
+        if _asks(func):
             return func(*args, **kwargs)
-        run = USES.get(func)
+        run = USES.get(func) if used else None
         if run is None:
             raise NotImplementedError(
-                f"{self._trained[id(used[0])]} is used by {resolve_name(func) or func}, of which "
+                f"{self._trained[id(used[0])] if used else 'a weight'} is used by "
+                f"{resolve_name(func) or func}, of which "
                 'the engine "bookkeeping" does not know each record\'s gradient'
             )
         return run(self, func, *args, **kwargs)
@@ -108,13 +139,12 @@ class BookkeepingEngine(PageEngine):
     """One forward and one backward pass a page; see the module."""
 
     def _hook(self, model: nn.Module) -> Any:
-        self._names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
         return model
 
     def _run(self, inputs: torch.Tensor, labels: torch.Tensor) -> list[tuple[str, Part | None]]:
         """Run forwards and backwards; the part of each trained weight, or None where none came."""
         self._forget()  # what somebody else left there
-        watch = Watch(self._names, len(inputs), self._measured)
+        watch = Watch(self._trained, len(inputs), self._measured)
         with torch.enable_grad():
             with watch:
                 losses = self._losses(inputs, labels)

@@ -7,36 +7,16 @@ arguments are those of the functions of torch.nn.functional that they stand for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-from fedaccord.privacy.parts import Looked, Outer, Part, Reordered, Whole
-from fedaccord.privacy.products import Ways, looped, products
+from fedaccord.privacy.convolutions import convolved
+from fedaccord.privacy.parts import Looked, Outer, Whole
+from fedaccord.privacy.products import Book, products
 
 Function: Any = torch.autograd.Function  # torch ships no type that can be inherited from
-
-
-class Book(Protocol):
-    """Where a page's parts are noted."""
-
-    rows: int  # records on the page
-
-    def note(self, weight: torch.Tensor, part: Part) -> None:
-        """Note a part of a weight."""
-        ...
-
-    def choose(self, key: tuple[Any, ...], ways: Ways, like: torch.Tensor) -> Part:
-        """Make a part by whichever way is best for such shapes.
-
-        Args:
-            key: kind of layer and what its cost depends on besides the size of `like`.
-            ways: by name, the one that is best by rule first.
-            like: output gradients (n, ...).
-        """
-        ...
 
 
 def check_rows(tensor: torch.Tensor, rows: int) -> None:
@@ -139,64 +119,6 @@ class Convolution(Function):  # type: ignore[misc]
 def _image(weight: torch.Tensor) -> torch.Tensor:
     """View the weight of a convolution of rows as one of images of height 1."""
     return weight if weight.dim() == 4 else weight[:, :, None]
-
-
-def convolved(
-    inputs: torch.Tensor, back: torch.Tensor, weight: torch.Tensor, how: Any, book: Book
-) -> Part:
-    """Make the part of a convolution's weight, from windows of the inputs with channels last.
-
-    Args:
-        inputs: (n * k, channels, height, width).
-        back: output gradients (n * k, outputs, high, across).
-        weight: (outputs, channels / groups, kernel height, kernel width).
-        how: stride, padding, dilation (pairs) and groups.
-        book: where it is noted.
-    """
-    outputs, channels, tall, broad = weight.shape
-    groups, images = how["groups"], len(inputs)
-    (down, right), (above, beside) = how["dilation"], how["padding"]
-    padded = functional.pad(inputs.permute(0, 2, 3, 1), (0, 0, beside, beside, above, above))
-    padded = padded.contiguous()  # (images, height, width, groups * channels)
-    high, across = back.shape[2:]
-    image, row, column, unit = padded.stride()
-    step, stride = (how["stride"][0] * row, how["stride"][1] * column), unit * channels
-    seen = padded.as_strided(  # (images, groups, high, across, tall, broad, channels), no copy
-        (images, groups, high, across, tall, broad, channels),
-        (image, stride, *step, down * row, right * column, unit),
-    )
-    size = tall * broad * channels
-    ends = back.reshape(images, outputs, high * across)
-    shape, axes = (outputs, tall, broad, channels), (0, 3, 1, 2)
-    if groups == 1 and images == book.rows:
-
-        def windows(i: int, j: int) -> torch.Tensor:
-            return seen[i:j, 0].reshape(j - i, high * across, size)
-
-        made = products(windows, ends, size)
-        ways = {name: _reorders(make, shape, axes) for name, make in made.items()}
-
-        def one(i: int, end: torch.Tensor) -> torch.Tensor:
-            return torch.ops.aten.convolution_backward(
-                end, inputs[i : i + 1], weight, None, how["stride"], how["padding"],
-                how["dilation"], False, [0, 0], 1, [False, True, False],
-            )[1]  # fmt: skip
-
-        ways |= looped(one, back, windows, size)
-        return book.choose(("conv", *weight.shape, *how["stride"], size), ways, back)
-    every = torch.einsum(  # few weights, or images folded into the batch: each gradient is held
-        "ngol,nglk->ngok",
-        ends.reshape(images, groups, outputs // groups, -1),
-        seen.reshape(images, groups, high * across, size),
-    ).reshape(book.rows, -1, outputs * size)
-    return Reordered(Whole(every.sum(1)), shape, axes)
-
-
-def _reorders(
-    make: Callable[[], Part], shape: tuple[int, ...], axes: tuple[int, ...]
-) -> Callable[[], Part]:
-    """Reorder the part that a way makes."""
-    return lambda: Reordered(make(), shape, axes)
 
 
 class Embedding(Function):  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 
@@ -13,6 +14,26 @@ HELD = 2**20  # numbers: gradients of a page that are no more are held anyhow
 Windows = Callable[[int, int], torch.Tensor]  # of records i to j: (j - i, positions, inputs)
 One = Callable[[int, torch.Tensor], torch.Tensor]  # record i, its output gradient: its gradient
 Ways = dict[str, Callable[[], Part]]  # to make one part, the best by rule first
+
+
+class Book(Protocol):
+    """Where a page's parts are noted."""
+
+    rows: int  # records on the page
+
+    def note(self, weight: torch.Tensor, part: Part) -> None:
+        """Note a part of a weight."""
+        ...
+
+    def choose(self, key: tuple[Any, ...], ways: Ways, like: torch.Tensor) -> Part:
+        """Make a part by whichever way is best for such shapes.
+
+        Args:
+            key: kind of layer and what its cost depends on besides the size of `like`.
+            ways: by name, the one that is best by rule first.
+            like: output gradients (n, ...).
+        """
+        ...
 
 
 class Products:
