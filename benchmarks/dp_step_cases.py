@@ -69,7 +69,7 @@ LONG: Options = {"tokens": "steps", "width": 128, "layers": 4, "heads": 4}
 CASES = (
     Case("cnn", "cnn2d", _spec((1, 28, 28), 10), {}, 64, 1.40),
     Case("resnet18", "resnet18", _spec((3, 32, 32), 10), {}, 16, 1.50),
-    Case("credit", "transformer", Credit.spec, {"tokens": "steps"}, 64, 1.30),
+    Case("credit", "transformer", Credit.spec, {"tokens": "steps"}, 250, 1.30),  # as its accord's
     Case("long table", "transformer", _spec((260,), 2, sequence=(64, 4)), LONG, 64, 1.30),
     Case("minilm full", "text", TEXT, MINILM | FULL, 16, 1.45),
     Case("minilm frozen", "text", TEXT, MINILM | FROZEN, 16, 1.40),

@@ -96,6 +96,7 @@ OTHERS = {
     "training.optimizer": "adam",
     "training.augmentation": "noise",
     "model.sha256": "1" * 64,
+    "model.frozen": ["2."],
     "fairness.attributes": ["sex", "age"],
     "task.options": {"a": 1},
     **{f"sites.{n}.subjects": 50 for n in range(4)},  # above its records is refused

@@ -153,11 +153,11 @@ def test_a_folder_that_is_not_a_run_is_one_line_and_exit_code_2(tmp_path: Path) 
     ("old", "new", "said"),
     [
         ("target_epsilon = 3.0", "target_epsilon = -3.0", "must be greater than 0. Raise it."),
-        ('name = "cnn1d"', 'name = "cnn2d"', 'Did you mean "cnn1d"?'),
+        ('name = "cnn1d"', 'name = "cnn1e"', 'Did you mean "cnn1d"?'),
         ('name = "va"', 'name = "mars"', 'task heart has no site "mars".'),
         ('attributes = ["sex"]', 'attributes = ["age"]', 'task heart has no attribute "age".'),
         ("kernel = ", "kernal = ", "unexpected keyword argument 'kernal'"),
-        ("groups = 2", "groups = 0", "does not take the 35 inputs of task heart"),
+        ("groups = 2", "groups = 0", "groups = 0 must be a whole number from 1"),
         ("[training]", "[training", "is not TOML: "),
     ],
 )
