@@ -227,11 +227,12 @@ def train_and_record(
         how = site.how
         train.train_private(model, records, plan, training, entropy, how)
     elif plan:
-        client_level.train_or_stay(model, records, accord, site.name, number)
+        client_level.train_or_stay(model.to(site.device), records, accord, site.name, number)
     elif records is not None:
-        client_level.train_plainly(model, records, accord, site.name, number)
+        client_level.train_plainly(model.to(site.device), records, accord, site.name, number)
     salt = client_level.salt() if isinstance(plan, ClientPlan) else None
-    payload = safetensors.save({k: v.clone().contiguous() for k, v in trained(model).items()}, salt)
+    weights = {k: v.cpu().clone().contiguous() for k, v in trained(model).items()}
+    payload = safetensors.save(weights, salt)
     evidence.write_atomic(_release_path(site, run, number), payload)
     site.ledger.release(
         run,

@@ -98,11 +98,11 @@ class Watch:
         return id(value) in self._trained
 
     def note(self, weight: torch.Tensor, part: Part) -> None:
-        """See `layers.Book.note`."""
+        """See `products.Book.note`."""
         self.parts.setdefault(id(weight), []).append(part)
 
     def choose(self, key: tuple[Any, ...], ways: Ways, like: torch.Tensor) -> Part:
-        """See `layers.Book.choose`."""
+        """See `products.Book.choose`."""
         if not self._measured:
             return next(iter(ways.values()))()
         full = (*key, *like.shape, like.stride(), like.dtype, like.device)

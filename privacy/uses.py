@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from fedaccord.privacy import layers
+from fedaccord.privacy import layers, products
 
 
-class Book(layers.Book, Protocol):
+class Book(products.Book, Protocol):
     """A book that knows which weights are trained."""
 
     def trained(self, value: Any) -> bool:
