@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedaccord import accord as accords
@@ -117,6 +117,7 @@ def test_a_sentence_that_stands_twice_is_taken_once_and_is_private_first() -> No
 
 
 @given(st.permutations(range(30)))
+@settings(max_examples=25)
 def test_the_division_depends_on_the_sentences_alone(order: list[int]) -> None:
     assert clinical_text.divide([ROWS[n] for n in order]) == clinical_text.divide(ROWS[:30])
 
