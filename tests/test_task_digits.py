@@ -204,6 +204,7 @@ def test_a_short_run_trains_and_audits_the_scanners(tmp_path: Path) -> None:
         ("channels = 8, blocks = 2", "channels = 4, blocks = 1"),
         ('\nmodel = "mlp"\noptions = { hidden = 32 }\n', "\nenabled = false\n"),
         ("target_epsilon = 8.0", "noise_multiplier = 2.0"),
+        ("sampling_prob = 0.5", "sampling_prob = 1.0"),
     ):
         assert old in text
         text = text.replace(old, new)
