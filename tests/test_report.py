@@ -333,8 +333,7 @@ def test_every_key_of_an_accord_has_its_meaning_on_the_report() -> None:
     assert [row["key"] for row in rows if not row["meaning"]] == []
     known = {re.sub(r"^sites\.[^.]+", "sites", row["key"]) for row in rows}
     known |= {key.rsplit(".", 1)[0] for key in known}
-    # The rest belong to tasks of one's own; tests/test_own_run.py has a run of one.
-    assert {key.split(".")[0] for key in set(agreed.MEANINGS) - known} == {"task"}
+    assert {key.split(".")[0] for key in set(agreed.MEANINGS) - known} == {"task"}  # of own data
 
 
 def test_exact_counts_are_not_covered_and_weights_are(private: Path) -> None:
