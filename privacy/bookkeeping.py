@@ -25,7 +25,7 @@ from fedaccord.privacy.passes import Keep, Page, PageEngine
 from fedaccord.privacy.products import Ways
 from fedaccord.privacy.uses import USES
 
-SMALL = 4096  # weights up to this size are worked out together
+SMALL = 512  # weights up to this size are worked out together
 TRIES = 3  # of each kernel when the fastest is looked for
 KERNELS: dict[tuple[Any, ...], str] = {}  # the fastest by kind and shapes, in this process
 ASKED = ("dtype", "shape", "device", "ndim", "requires_grad", "is_leaf", "layout", "grad_fn")

@@ -108,10 +108,16 @@ class Whole:
 
     def total(self, factors: torch.Tensor) -> torch.Tensor:
         """See `Part.total`."""
-        folded = Folded()
-        for i, j in folds(len(self._rows)):
-            folded.add(factors[i:j].to(self._rows.dtype) @ self._rows[i:j])
-        return folded.value(self._rows, self._rows.shape[1])
+        weigh = factors.to(self._rows.dtype)
+        if len(weigh) <= FOLD:
+            return weigh @ self._rows
+        whole = len(weigh) // FOLD * FOLD
+        sums = torch.bmm(
+            weigh[:whole].view(-1, 1, FOLD), self._rows[:whole].view(-1, FOLD, self.size)
+        )
+        last = weigh[whole:] @ self._rows[whole:]
+        where = wide(last.device)
+        return sums[:, 0].to(where).double().sum(0) + last.to(where)
 
     def empty(self, rows: torch.Tensor) -> None:
         """See `Part.empty`."""

@@ -176,8 +176,8 @@ def products(windows: Windows, back: torch.Tensor, inputs: int) -> Ways:
 
 
 def _few(back: torch.Tensor, weights: int, made_of: int) -> bool:
-    """Whether gradients are held: where they are few, or fewer than what they are made of."""
-    return len(back) * weights <= HELD or weights <= made_of
+    """Whether gradients are held: where they are few, or at most twice what they are made of."""
+    return len(back) * weights <= HELD or weights <= 2 * made_of
 
 
 class Looped:
