@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from itertools import pairwise
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal
@@ -236,9 +237,9 @@ class OwnSection(Section):
         return self.dataset
 
     @property
+    @abstractmethod
     def input_columns(self) -> tuple[str, ...]:
         """The columns that a record's inputs are made of, in order."""
-        raise NotImplementedError
 
     @property
     def columns(self) -> tuple[str, ...]:

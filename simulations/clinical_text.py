@@ -12,7 +12,6 @@ import ast
 import contextlib
 import csv
 import io
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
 
 from fedaccord import data
 from fedaccord.errors import TaskError
@@ -149,7 +150,7 @@ def _tokenised(length: int, mask_pronoun: bool) -> dict[str, Columns]:
     source, tokenizer = data.read("clinical-text"), data.read("minilm", "tokenizer.json")
     folder = data.path("minilm")
     made_from = [VERSION, length, mask_pronoun, sha256(source), sha256(tokenizer)]
-    kept = data.path("clinical-text").with_name(f"tokens-{digest(made_from)[:24]}.npz")
+    kept = data.path("clinical-text").with_name(f"tokens-{digest(made_from)[:24]}.safetensors")
     found = _kept(kept)
     if found is not None:
         return found
@@ -170,12 +171,12 @@ def _tokenised(length: int, mask_pronoun: bool) -> dict[str, Columns]:
 def _kept(file: Path) -> dict[str, Columns] | None:
     """Read what an earlier run kept; None where there is nothing, or it is damaged."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return {
-                name: {column: arrays[f"{name}/{column}"].astype(np.int64) for column in COLUMNS}
-                for name in (*SITES, "public")
-            }
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        arrays = safetensors.load(file.read_bytes())
+        return {
+            name: {column: arrays[f"{name}/{column}"].astype(np.int64) for column in COLUMNS}
+            for name in (*SITES, "public")
+        }
+    except (OSError, KeyError, SafetensorError):
         return None
 
 
@@ -183,10 +184,10 @@ def _keep(file: Path, made: Mapping[str, Columns]) -> None:
     """Keep tokens for the next run; a folder that cannot be written costs that run a minute."""
     arrays = {f"{name}/{column}": made[name][column] for name in made for column in COLUMNS}
     arrays |= {name: part.astype(np.uint16) for name, part in arrays.items() if "tokens" in name}
-    written = io.BytesIO()
-    np.savez(written, allow_pickle=False, **arrays)
     with contextlib.suppress(OSError):
-        write_atomic(file, written.getvalue())
+        # It writes an array as it lies in memory, which for a transposed one is wrong.
+        ordered = {name: np.ascontiguousarray(part) for name, part in arrays.items()}
+        write_atomic(file, safetensors.save(ordered))
 
 
 def _records(part: Columns, rows: slice) -> Records:

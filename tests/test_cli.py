@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from wards import Call
 
 from fedaccord import accord as accords
-from fedaccord import cli
 from fedaccord.privacy import accounting
 from fedaccord.privacy.ledger import Ledger
 from fedaccord.privacy.plan import plan_for
@@ -48,23 +47,6 @@ def command(*words: str | Path) -> tuple[int, str, str]:
         [sys.executable, "-m", "fedaccord.cli", *map(str, words)], capture_output=True, text=True
     )
     return done.returncode, done.stdout, done.stderr
-
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the same `main` in this process; its exit code and what it wrote."""
-
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedaccord", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
 
 
 # --- light to start -----------------------------------------------------------------------------

@@ -3,52 +3,14 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from wards import OWN_TABLE as ACCORD
+from wards import Call
 
-from fedaccord import cli
-
-ACCORD = """
-name = "ours"
-purpose = "Predict readmission from what is known at discharge."
-sites = [{ name = "north", subjects = 40 }, { name = "south", subjects = 30 }]
-model = { name = "mlp" }
-rounds = { rounds = 2 }
-training = { steps = 2, learning_rate = 0.5 }
-privacy = { noise_multiplier = 1.0, sampling_prob = 0.2 }
-fairness = { attributes = ["sex"] }
-
-[task]
-kind = "table"
-dataset = "wards"
-file = "wards.csv"
-site_column = "ward"
-subject = "patient"
-label = { column = "again", classes = ["no", "yes"] }
-attributes = { sex = ["female", "male"] }
-inputs.age = { min = 18, max = 110 }
-inputs.smoker = { values = ["no", "yes"] }
-"""
 HEADER = "patient,ward,age,smoker,sex,again"
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run `fedaccord` in this process; its exit code and what it wrote."""
-
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedaccord", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
 
 
 def rows(seed: int = 3) -> list[str]:

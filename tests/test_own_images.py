@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from wards import own_accord
 
-from fedaccord import accord as accords
 from fedaccord.errors import AccordError
 from fedaccord.own import OwnTask
 from fedaccord.tasks import Labelled, Task, task_of
@@ -27,18 +27,7 @@ TASK: dict[str, Any] = {
 
 
 def task(folder: Path, **change: Any) -> Task:
-    data = {
-        "name": "ours",
-        "purpose": "Test.",
-        "task": TASK | change,
-        "sites": [{"name": "north", "subjects": 10}],
-        "model": {"name": "mlp"},
-        "rounds": {"rounds": 1},
-        "training": {"steps": 1, "learning_rate": 0.1},
-        "privacy": {"noise_multiplier": 1.0, "sampling_prob": 0.5},
-        "fairness": {"attributes": ["sex"]},
-    }
-    return task_of(accords.parse(data), folder)
+    return task_of(own_accord(TASK | change), folder)
 
 
 def listed(folder: Path, *paths: str, name: str = "north") -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from wards import own_accord
 
-from fedaccord import accord as accords
 from fedaccord.accord import Accord
 from fedaccord.errors import AccordError
 from fedaccord.tasks import Labelled, task_of
@@ -24,19 +24,7 @@ def accord(**change: Any) -> Accord:
         "attributes": {"sex": ["female", "male"]},
         "inputs": {"age": {"min": 18, "max": 110}, "smoker": {"values": ["no", "yes"]}},
     }
-    return accords.parse(
-        {
-            "name": "ours",
-            "purpose": "Test.",
-            "task": task | change,
-            "sites": [{"name": "north", "subjects": 10}],
-            "model": {"name": "mlp"},
-            "rounds": {"rounds": 1},
-            "training": {"steps": 1, "learning_rate": 0.1},
-            "privacy": {"noise_multiplier": 1.0, "sampling_prob": 0.5},
-            "fairness": {"attributes": ["sex"]},
-        }
-    )
+    return own_accord(task | change)
 
 
 def test_made_up_rows_keep_to_the_declared_bounds_and_values() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Context, RecordDict
+from wards import OWN_TABLE as ACCORD
 
 from fedaccord import accord as accords
 from fedaccord import cli
@@ -18,27 +19,6 @@ from fedaccord.privacy.ledger import Ledger
 from fedaccord.reports.verify import verify
 from fedaccord.runs import RunFolder
 
-ACCORD = """
-name = "ours"
-purpose = "Predict readmission from what is known at discharge."
-sites = [{ name = "north", subjects = 40 }, { name = "south", subjects = 30 }]
-model = { name = "mlp" }
-rounds = { rounds = 2 }
-training = { steps = 2, learning_rate = 0.5 }
-privacy = { noise_multiplier = 2.0, sampling_prob = 0.2 }
-fairness = { attributes = ["sex"] }
-
-[task]
-kind = "table"
-dataset = "wards"
-file = "wards.csv"
-site_column = "ward"
-subject = "patient"
-label = { column = "again", classes = ["no", "yes"] }
-attributes = { sex = ["female", "male"] }
-inputs.age = { min = 18, max = 110 }
-inputs.smoker = { values = ["no", "yes"] }
-"""
 SECRET = "zebra77"  # stands in a record at fault
 
 

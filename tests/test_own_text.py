@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wards import own_accord
 
-from fedaccord import accord as accords
 from fedaccord.accord_task import TextSection
 from fedaccord.errors import AccordError
 from fedaccord.evidence import sha256
@@ -32,18 +32,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "patient", "is", "well", "il
 
 
 def task(folder: Path, **change: Any) -> Task:
-    data = {
-        "name": "ours",
-        "purpose": "Test.",
-        "task": TASK | change,
-        "sites": [{"name": "north", "subjects": 10}],
-        "model": {"name": "mlp"},
-        "rounds": {"rounds": 1},
-        "training": {"steps": 1, "learning_rate": 0.1},
-        "privacy": {"noise_multiplier": 1.0, "sampling_prob": 0.5},
-        "fairness": {"attributes": ["sex"]},
-    }
-    return task_of(accords.parse(data), folder)
+    return task_of(own_accord(TASK | change), folder)
 
 
 def tokens(folder: Path, *notes: str, **change: Any) -> tuple[np.ndarray, list[str]]:

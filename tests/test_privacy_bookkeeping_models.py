@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from opacus import GradSampleModule
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from wards import steep
 
 from fedaccord.models.build import build
 from fedaccord.privacy import engines
@@ -257,21 +257,6 @@ def test_a_part_that_is_run_again_in_the_backward_pass_is_refused(reentrant, wor
     with pytest.raises(Exception, match=words):
         engines.make("bookkeeping", model).clipped_sum(inputs, labels, 0.1)
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def steep():
-    """A deep perceptron whose weights a coordinator chose: terms cancel for equal inputs."""
-    rng, layers = np.random.default_rng(1), []
-    for _ in range(5):
-        layers += [nn.Linear(16, 16), nn.Tanh()]
-    model = nn.Sequential(*layers, nn.Linear(16, 2))
-    for parameter in model.parameters():
-        values = np.zeros(parameter.shape)
-        if parameter.dim() == 2:
-            half = rng.uniform(30, 100, (len(parameter), 8))
-            values = np.concatenate([half, -half], axis=1)[:, rng.permutation(16)]
-        parameter.data.copy_(torch.from_numpy(values))
-    return model
 
 
 @pytest.mark.parametrize("precision", list(engines.PRECISIONS))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from torch import nn
 from torch.nn import functional
+from wards import steep
 
 import fedaccord
 from fedaccord.errors import AccordError
@@ -244,21 +245,6 @@ def test_a_ghost_norm_that_rounding_swallowed_does_not_let_a_record_through():
     got = make("ghost", model).clipped_sum(inputs, labels, 1.0)
     assert torch.linalg.vector_norm(got) <= 1 + 1e-6
     # Where Opacus' norm is 0 the gradient would have gone through whole.
-
-
-def steep():
-    """A deep perceptron whose weights a coordinator chose: terms cancel for equal inputs."""
-    rng, layers = np.random.default_rng(1), []
-    for _ in range(5):
-        layers += [nn.Linear(16, 16), nn.Tanh()]
-    model = nn.Sequential(*layers, nn.Linear(16, 2))
-    for parameter in model.parameters():
-        values = np.zeros(parameter.shape)
-        if parameter.dim() == 2:
-            half = rng.uniform(30, 100, (len(parameter), 8))
-            values = np.concatenate([half, -half], axis=1)[:, rng.permutation(16)]
-        parameter.data.copy_(torch.from_numpy(values))
-    return model
 
 
 @pytest.mark.parametrize("precision", list(engines.PRECISIONS))

@@ -167,7 +167,7 @@ def test_tokens_are_cut_filled_with_0_kept_and_read_again(fetched: Path) -> None
     longer = load_task("clinical-text", {"tokens": 16}).public(4, 0)
     assert longer.shape == (4, 16) and (longer[:, 11:] == 0).all() and (longer[:, :10] > 0).all()
     assert set(data.train.subjects).isdisjoint(data.test.subjects)
-    kept = sorted((fetched / "clinical-text").glob("tokens-*.npz"))
+    kept = sorted((fetched / "clinical-text").glob("tokens-*.safetensors"))
     assert len(kept) == 2  # one a length
     clinical_text._tokenised.cache_clear()
     again = task.site("covid19")

@@ -1,14 +1,40 @@
 """What tests of a site share: a made-up task, a source without noise, a plan that watches."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from torch import nn
 
+from fedaccord import accord as accords
 from fedaccord.accord import TrainingSection
 from fedaccord.privacy.plan import PrivacyPlan
 from fedaccord.tasks import Records, TaskSpec
 
 WIDTH = 13  # odd, so that rows of a batch lie differently in memory
 SPEC = TaskSpec("ward", tuple(f"f{i}" for i in range(WIDTH)), ("a", "b"), {}, "made for tests")
+OWN_TABLE = """
+name = "ours"
+purpose = "Predict readmission from what is known at discharge."
+sites = [{ name = "north", subjects = 40 }, { name = "south", subjects = 30 }]
+model = { name = "mlp" }
+rounds = { rounds = 2 }
+training = { steps = 2, learning_rate = 0.5 }
+privacy = { noise_multiplier = 2.0, sampling_prob = 0.2 }
+fairness = { attributes = ["sex"] }
+
+[task]
+kind = "table"
+dataset = "wards"
+file = "wards.csv"
+site_column = "ward"
+subject = "patient"
+label = { column = "again", classes = ["no", "yes"] }
+attributes = { sex = ["female", "male"] }
+inputs.age = { min = 18, max = 110 }
+inputs.smoker = { values = ["no", "yes"] }
+"""  # an accord over one CSV with a site column
+Call = Callable[..., tuple[int, str, str]]  # the fixture `called`: exit code, output, errors
 STEP = TrainingSection(steps=1, learning_rate=1.0)
 
 
@@ -73,3 +99,24 @@ def small_accord():
         "privacy": {"noise_multiplier": 3.0, "sampling_prob": 0.1, "delta": 1e-5},
         "fairness": {"attributes": ["sex"], "min_group": 10},
     }
+
+
+def own_accord(task):
+    """An accord of one site over a [task] of its own data."""
+    data = small_accord() | {"task": task, "sites": [{"name": "north", "subjects": 10}]}
+    return accords.parse(data | {"model": {"name": "mlp"}})
+
+
+def steep():
+    """A deep perceptron whose weights a coordinator chose: terms cancel for equal inputs."""
+    rng, layers = np.random.default_rng(1), []
+    for _ in range(5):
+        layers += [nn.Linear(16, 16), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Linear(16, 2))
+    for parameter in model.parameters():
+        values = np.zeros(parameter.shape)
+        if parameter.dim() == 2:
+            half = rng.uniform(30, 100, (len(parameter), 8))
+            values = np.concatenate([half, -half], axis=1)[:, rng.permutation(16)]
+        parameter.data.copy_(torch.from_numpy(values))
+    return model
