@@ -34,6 +34,7 @@ QUIET = {
 
 app = typer.Typer(
     add_completion=False,
+    suggest_commands=False,  # click suggests them itself
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Federated learning with differential privacy, fairness audits and evidence.",

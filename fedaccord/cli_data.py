@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     add_completion=False,
+    suggest_commands=False,  # click suggests them itself
     no_args_is_help=True,
     help="Data of the bundled tasks and pretrained weights: what there is, and fetching it.",
 )
