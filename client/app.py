@@ -16,8 +16,8 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 from flwr.app import (
-    ArrayRecord,
     ConfigRecord,
     Context,
     Error,
@@ -27,13 +27,13 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from safetensors import torch as safetensors
 from torch import nn
 
 from fedaccord import accord as accords
 from fedaccord import evidence
-from fedaccord.client import client_level, diary, train
+from fedaccord.client import client_level, diary, local, train
 from fedaccord.client import evaluate as evaluation
+from fedaccord.client.pull import NOTHING, Pull, pull_of
 from fedaccord.client.site import Site, home_of, open_site, who
 from fedaccord.errors import AccordError, BudgetError, LedgerError, PolicyError
 from fedaccord.fairness.counts import Counts
@@ -42,6 +42,7 @@ from fedaccord.privacy.chain import Head, read_heads
 from fedaccord.privacy.client_level import COVERS, ClientPlan
 from fedaccord.privacy.noise import OsSource, Source
 from fedaccord.privacy.plan import PrivacyPlan
+from fedaccord.strategies import encoding
 from fedaccord.tasks import Records
 
 log = logging.getLogger("fedaccord.site")
@@ -145,14 +146,43 @@ def train_round(site: Site, message: Message) -> RecordDict:
     site.admit("train")
     peers = site.ledger.witness(_heads(site, message))[:MOST_HEADS]
     payload = stored_release(site, run, number)
+    content = _reply(site, run=run, round=number)
+    if message.content.config_records["config"].get("wants") == "train-loss":
+        content["metrics"] = MetricRecord({"train_loss": asked_loss(site, message, run, number)})
     if payload is None:
         model = site.model("model", message.content.array_records["arrays"])
         if isinstance(site.plan, PrivacyPlan):
             train.refuse_weights(model)
-        payload = train_and_record(site, model, run, number, peers)
-    content = _reply(site, run=run, round=number)
-    content["arrays"] = ArrayRecord(torch_state_dict=safetensors.load(payload))
+        pull = pull_of(message.content, model, site.accord.training)
+        payload = train_and_record(site, model, run, number, peers, pull=pull)
+    for name, arrays in encoding.records_of(payload).items():
+        content[name] = arrays
     return content
+
+
+def asked_loss(site: Site, message: Message, run: str, number: int) -> float:
+    """Work out the mean loss of the model that came, for a strategy that weighs sites by it.
+
+    It is a release of its own that no noise covers, so a site under a plan refuses.
+
+    Raises:
+        PolicyError: the site trains under a privacy plan.
+        BudgetError: no reservation for the run.
+    """
+    if site.plan is not None:
+        raise PolicyError(
+            "metrics",
+            f"Site {site.name} does not send its training loss under privacy: no noise covers it. "
+            "Choose a strategy that needs none.",
+        )
+    if not reserved(site, run):
+        raise BudgetError(f"Site {site.name} has no reservation for run {run}. Reserve first.")
+    model = site.model("model", message.content.array_records["arrays"])
+    local.put_back(model, site.folder, run, number)
+    records = _read(site, "train")
+    loss = 0.0 if records is None else evaluation.mean_loss(model.to(site.device), records)
+    site.ledger.counts(run, number, what="training loss", cells=1, covers=NOT_COVERED)
+    return loss
 
 
 def _reply(site: Site, **said: str | int) -> RecordDict:
@@ -206,8 +236,12 @@ def train_and_record(
     number: int,
     peers: Iterable[Head] = (),
     entropy: Callable[[], Source] = OsSource,
+    pull: Pull = NOTHING,
 ) -> bytes:
-    """Use a slot, train, store the result, and only then record its release.
+    """Use a slot, train, store the update, and only then record its release.
+
+    The update is what training added to the weights, taken before they are rounded to float32
+    where training is in float64.
 
     Args:
         site: the site.
@@ -216,28 +250,33 @@ def train_and_record(
         number: the round.
         peers: heads of other sites' ledgers, to be kept in the INTENT.
         entropy: makes the mechanism's randomness; tests pass their own, no accord can.
+        pull: what the strategy adds to each step.
 
     Returns:
-        The weights that may be sent, as safetensors bytes.
+        The update that may be sent, encoded, as safetensors bytes.
     """
     plan, training, accord = site.plan, site.accord.training, site.accord
     site.ledger.intend(run, number, plan, accord.digest, peers)
+    local.put_back(model, site.folder, run, number)
+    like = {k: v.numpy().copy() for k, v in trained(model).items()}
     records = _read(site, "train")
     if isinstance(plan, PrivacyPlan):
-        how = site.how
-        train.train_private(model, records, plan, training, entropy, how)
+        model.double()
+        train.train_private(model, records, plan, training, entropy, site.how, pull)
     elif plan:
         client_level.train_or_stay(model.to(site.device), records, accord, site.name, number)
     elif records is not None:
-        client_level.train_plainly(model.to(site.device), records, accord, site.name, number)
+        client_level.train_plainly(model.to(site.device), records, accord, site.name, number, pull)
     salt = client_level.salt() if isinstance(plan, ClientPlan) else None
-    weights = {k: v.cpu().clone().contiguous() for k, v in trained(model).items()}
-    payload = safetensors.save(weights, salt)
+    after = {name: value.cpu().numpy() for name, value in trained(model).items()}
+    change = {name: np.asarray(after[name] - old, old.dtype) for name, old in like.items()}
+    payload = encoding.wire_bytes(encoding.pack(change, accord.strategy.encoding), salt)
+    local.keep(model, site.folder, run, number)
     evidence.write_atomic(_release_path(site, run, number), payload)
     site.ledger.release(
         run,
         number,
-        what="weights",
+        what="update",
         sha256=evidence.sha256(payload),
         bytes=len(payload),
         plan_digest=plan.digest if plan else None,
@@ -272,6 +311,7 @@ def evaluate(site: Site, message: Message) -> RecordDict:
     content, cells = RecordDict(), 0
     for section, weights in message.content.array_records.items():
         model = site.model(section, weights)
+        local.put_back(model, site.folder, run, number + 1)
         tables = _counted(site, model, records)
         flat = {name: [int(cell) for cell in table.ravel()] for name, table in tables.items()}
         cells += sum(len(row) for row in flat.values())

@@ -5,16 +5,23 @@ from __future__ import annotations
 import copy
 import secrets
 
+import numpy as np
 from torch import nn
 
 from fedaccord.accord import Accord
 from fedaccord.client import diary
+from fedaccord.client.pull import NOTHING, Pull
 from fedaccord.client.train import SeededSource, train_plain
 from fedaccord.tasks import Records
 
 
 def train_plainly(
-    model: nn.Module, records: Records, accord: Accord, site: str, number: int
+    model: nn.Module,
+    records: Records,
+    accord: Accord,
+    site: str,
+    number: int,
+    pull: Pull = NOTHING,
 ) -> None:
     """Train a model in place for one round, without clip or noise, reproducibly.
 
@@ -24,10 +31,13 @@ def train_plainly(
         accord: what was agreed.
         site: whose round it is.
         number: the round.
+        pull: what the strategy adds to each step.
     """
     q = accord.privacy.sampling_prob
-    source = SeededSource(accord.seed, number, list(accord.roster).index(site))
-    train_plain(model, records, q, q * accord.roster[site], accord.training, source)
+    seed = (accord.seed, number, list(accord.roster).index(site))
+    source = SeededSource(*seed)
+    masks = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
+    train_plain(model, records, q, q * accord.roster[site], accord.training, source, pull, masks)
 
 
 def train_or_stay(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fedaccord.fairness import counts
+from fedaccord.privacy import engines
 from fedaccord.tasks import Inputs, Records, TaskSpec
 
 BATCH = 256
@@ -57,3 +58,16 @@ def group_counts(
         )
         for name in attributes
     }
+
+
+def mean_loss(model: nn.Module, records: Records) -> float:
+    """Average the cross-entropy in nats of a model over records; 0 for none."""
+    model.eval()
+    device = next(model.parameters()).device
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(records.labels), BATCH):
+            inputs = torch.from_numpy(records.inputs[start : start + BATCH]).to(device)
+            labels = torch.from_numpy(records.labels[start : start + BATCH]).to(device)
+            total += float(engines.cross_entropy(model(inputs), labels).double().sum())
+    return total / max(1, len(records.labels))

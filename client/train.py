@@ -13,6 +13,7 @@ from fedaccord.accord import TrainingSection
 from fedaccord.client.columns import usable
 from fedaccord.client.diary import log
 from fedaccord.client.passes import How, Passes, add_page
+from fedaccord.client.pull import NOTHING, Pull
 from fedaccord.errors import AccordError
 from fedaccord.privacy import engines
 from fedaccord.privacy.clipping import SubjectOptimizer
@@ -71,6 +72,7 @@ def train_private(
     training: TrainingSection,
     entropy: Callable[[], Source] = OsSource,
     how: How = USUAL,
+    pull: Pull = NOTHING,
 ) -> None:
     """Train a model in place for one round under a plan (DP-SGD, Abadi et al. 2016).
 
@@ -95,6 +97,7 @@ def train_private(
         training: steps, learning rate, momentum.
         entropy: makes a fresh source of randomness for every step.
         how: engine, precision and size of a page.
+        pull: what the strategy adds to each released step.
 
     Raises:
         AccordError: a layer that the engine cannot take apart, or weights that did not move.
@@ -106,6 +109,7 @@ def train_private(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = SubjectOptimizer(_optimizer(trained, training), plan)
     records, sampler = _indexed(plan, records)
+    pulled = pull.start(model)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             if records is not None:
@@ -119,7 +123,7 @@ def train_private(
                     assert records is not None
                     add_page(passes, optimizer, records, page, masks)
                 before = [] if step else _copies(model)
-                mean = optimizer.noisy_step(source)
+                mean = optimizer.noisy_step(source, pulled.add if pulled else None)
                 if step == 0:
                     refuse_still(before, model, mean)
     finally:
@@ -183,10 +187,13 @@ def train_plain(
     normaliser: float,
     training: TrainingSection,
     source: Source,
+    pull: Pull = NOTHING,
+    masks: int = 0,
 ) -> None:
     """Train a model in place for one round without any protection, for comparison.
 
-    Sampling and normaliser are those of private training; there is no clip and no noise.
+    Sampling and normaliser are those of private training; there is no clip and no noise. All chance
+    comes from source and masks, so equal ones give equal models.
 
     Args:
         model: changed in place.
@@ -195,22 +202,28 @@ def train_plain(
         normaliser: what the summed gradient is divided by.
         training: steps, learning rate, momentum.
         source: seeded, so that equal runs give equal models.
+        pull: what the strategy adds to each step.
+        masks: seed of dropout's masks and of views.
     """
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = _optimizer(trained, training)
+    optimizer, pulled = _optimizer(trained, training), pull.start(model)
     views = Views(training.views, training.augmentation)
     seen, loss = views.model(model.train()), views.loss(engines.cross_entropy)
     sampler = SubjectSampler(records.subjects, sampling_prob)
-    for _ in range(training.steps):
-        rows = sampler.draw(source)
-        if len(rows) == 0:
-            continue
-        inputs = torch.from_numpy(records.inputs[rows]).to(device)
-        labels = torch.from_numpy(records.labels[rows]).to(device)
-        optimizer.zero_grad()
-        (loss(seen(inputs), labels).sum() / normaliser).backward()
-        optimizer.step()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(masks)
+        for _ in range(training.steps):
+            rows = sampler.draw(source)
+            if len(rows) == 0:
+                continue
+            inputs = torch.from_numpy(records.inputs[rows]).to(device)
+            labels = torch.from_numpy(records.labels[rows]).to(device)
+            optimizer.zero_grad()
+            (loss(seen(inputs), labels).sum() / normaliser).backward()
+            if pulled:
+                pulled.add()
+            optimizer.step()
 
 
 class SeededSource:

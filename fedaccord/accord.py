@@ -57,6 +57,7 @@ class ModelSection(Section):
     pretrained: str | None = Field(default=None, min_length=1, max_length=500)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     frozen: Starts = Field(default=[])
+    local: Starts = Field(default=[])
 
     @model_validator(mode="after")
     def _weights_by_hash(self) -> ModelSection:
@@ -77,6 +78,7 @@ class RoundsSection(Section):
     sites_per_round: int | None = Field(default=None, ge=1)
     min_sites: int = Field(default=1, ge=1)
     timeout: float = Field(default=600.0, gt=0)
+    max_misses: int = Field(default=3, ge=1, le=1_000)
     target_accuracy: float | None = Field(default=None, gt=0, le=1)
 
 
@@ -95,7 +97,9 @@ class StrategySection(Section):
     """[strategy]: how updates become a model, by name in the registry."""
 
     name: StrategyName = "fedavg"
-    max_update_norm: float = Field(default=100.0, gt=0)
+    options: Options = Field(default={})
+    max_update_norm: float = Field(default=100.0, gt=0, le=1e9)
+    encoding: Literal["float32", "float16", "int8"] = "float32"
     averaging: float = Field(default=0.0, ge=0, lt=1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,10 +17,11 @@ from fedaccord import (
     cli_ledger,
     cli_plan,
     cli_pretrain,
+    cli_simulate,
     cli_site,
     cli_task,
 )
-from fedaccord.errors import AccordError, BudgetError, FedAccordError
+from fedaccord.errors import FedAccordError
 
 # Flower reads these when it is imported or started; nothing that FedAccord starts calls home.
 QUIET = {
@@ -47,6 +47,7 @@ app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_conformance.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_pretrain.app)
+app.add_typer(cli_simulate.app)
 
 AccordFile = Annotated[
     str, typer.Argument(help="A TOML file, or the name of a bundled accord (heart).")
@@ -96,61 +97,6 @@ def _flat(value: object, path: str) -> list[tuple[str, object]]:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [leaf for v in value for leaf in _flat(v, f"{path}[{v['name']}]")]
     return [(path, "-" if value in (None, {}) else value)]
-
-
-@app.command()
-def simulate(
-    accord: AccordFile,
-    sites: Annotated[
-        Path | None,
-        typer.Option(help="Lasting folder of the simulated sites' ledgers and policies."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder that gets the run's folder.")] = Path("runs"),
-) -> None:
-    """Run an accord with all its sites on this machine, then write the report."""
-    from fedaccord import accord as accords
-    from fedaccord import runs
-
-    agreed = accords.load(accord)
-    for name, folder in (("--sites", sites), ("--out", out)):
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise AccordError(f"{name} {folder}: is a file. Name a folder.")
-    run = out / runs.new_id(agreed.name)
-
-    from rich.console import Console
-    from rich.padding import Padding
-    from rich.text import Text
-
-    from fedaccord.reports.report import write_report
-    from fedaccord.simulations import display
-
-    console = Console()
-    try:
-        table = display.simulate(agreed, accord, run, sites or run / "sites", console)
-    except KeyboardInterrupt:
-        print(
-            f"fedaccord: interrupted. What was finished is in {run}; what the sites reserved stays "
-            "in their ledgers.",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
-    except BudgetError as refusal:
-        raise BudgetError(f"{refusal} The run's record is in {run}.") from None
-    page = write_report(run)
-    console.print(table)
-    outcome = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    records = runs.RunFolder(run).records()
-    for record in records:
-        if record["kind"] == "out":
-            console.print(
-                Text.assemble(("Left out ", "bold"), f"{record['site']}: {record['reason']}")
-            )
-    console.print(Text.assemble(("Stopped  ", "bold"), records[-1]["reason"]))
-    console.print(Text.assemble(("Privacy  ", "bold"), outcome["headline"]))
-    console.print(Text("Not protected", "bold"))
-    for line in outcome["not_protected"]:
-        console.print(Padding(Text(f"- {line}"), (0, 0, 0, 2)))
-    console.print(Text.assemble(("Report  ", "bold"), str(page)), soft_wrap=True)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Commands on a task: `task check` counts each site's records and names every fault in them."""
+"""Commands on a task: `check` counts its records and names faults; `plot` pictures the split."""
 
 from __future__ import annotations
 
@@ -15,14 +15,9 @@ if TYPE_CHECKING:
     from fedaccord.accord import Accord
     from fedaccord.tasks import Records, SiteData, Task
 
-app = typer.Typer(no_args_is_help=True, help="Where records come from: check them at the site.")
+app = typer.Typer(no_args_is_help=True, help="Where records come from: check them, see their split.")
 
 MOST_LINES = 50  # of records at fault that are printed, unless --all
-
-
-@app.callback()
-def group() -> None:
-    """Keep `check` a command of its own name, though it is the only one."""
 
 
 @app.command()
@@ -73,6 +68,79 @@ def check(
             "out; mend what the lines above name."
         )
     print(f"{accord}: no fault found in the records of task {task.spec.name}")
+
+
+@app.command()
+def plot(
+    task: Annotated[
+        str, typer.Argument(help="A TOML file, or the name of a bundled accord or of a task.")
+    ],
+    out: Annotated[Path, typer.Option(help="The picture: .svg, .png or .pdf.")] = Path("split.svg"),
+    partition: Annotated[
+        str,
+        typer.Option(
+            help="Pool all records and divide them anew: iid, dirichlet:ALPHA (of labels), "
+            "sizes:ALPHA, shards:K (a site), column:NAME (label or an attribute) or natural."
+        ),
+    ] = "",
+    sites: Annotated[
+        int | None, typer.Option(help="How many sites --partition makes (default: as many).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of --partition.")] = 0,
+) -> None:
+    """Draw how a task's records fall over its sites: sizes, labels, groups.
+
+    It reads the records of every site and draws their counts without noise: for simulated or public
+    data, all of it on this machine. A site that is asked for it should decline.
+    """
+    from fedaccord.simulations import split_plot
+    from fedaccord.simulations.partition import PartitionFault
+
+    if out.suffix.lower() not in split_plot.FORMATS:
+        known = ", ".join(split_plot.FORMATS)
+        raise TaskError(f"--out {out}: is not one of {known}. Give it one of these endings.")
+    if not out.resolve().parent.is_dir() or out.is_dir():
+        raise TaskError(f"--out {out}: its folder does not exist, or it is one. Name a file.")
+    if sites is not None and not partition:
+        raise TaskError(f"--sites {sites}: needs --partition, which says how. Add it.")
+    found, names = _named(task)
+    split = split_plot.of_task(found, names)
+    if not len(split.home):
+        raise TaskError(f"{task}: its sites have no record. Put their records there.")
+    if partition:
+        try:
+            split = split_plot.divided(split, partition, sites, seed)
+        except PartitionFault as fault:
+            raise TaskError(f"--partition {partition}: {fault}") from None
+    if len(split.sites) > split_plot.MOST_SITES:
+        most = split_plot.MOST_SITES
+        raise TaskError(f"{len(split.sites)} sites: a picture shows {most} at most. Take fewer.")
+    split_plot.write(split, out)
+    print(out)
+
+
+def _named(name: str) -> tuple[Task, list[str]]:
+    """Find a task and its sites by an accord's file or name, or by the task's own name."""
+    from fedaccord import accord as accords
+    from fedaccord import registry, tasks
+
+    if not Path(name).is_file() and name not in accords.bundled():
+        known = registry.known("task")
+        if name not in known:
+            names = sorted({*known, *accords.bundled()})
+            raise AccordError(
+                f'"{name}" is no file, no bundled accord and no task.'
+                f"{registry.nearest(name, names)} Known: {', '.join(names)}."
+            )
+        found = tasks.load_task(name)
+        sites = list(found.sites)
+    else:
+        agreed = accords.load(name)
+        found = tasks.task_of(agreed, accords.find(name).parent)
+        tasks.check_fits(agreed, found)
+        sites = list(agreed.roster)
+    tasks.refuse_missing(found, sites)
+    return found, sites
 
 
 def _load(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any
@@ -29,7 +30,21 @@ MODELS = {
     "transformer": "fedaccord.models.transformer:transformer",
 }
 STRATEGIES = {
-    "fedavg": "fedaccord.strategies.fedavg:fedavg",
+    "bulyan": "fedaccord.strategies.flower:bulyan",
+    "centred-clipping": "fedaccord.strategies.centred_clipping:centred_clipping",
+    "fedadagrad": "fedaccord.strategies.flower:fedadagrad",
+    "fedadam": "fedaccord.strategies.flower:fedadam",
+    "fedavg": "fedaccord.strategies.flower:fedavg",
+    "fedavgm": "fedaccord.strategies.flower:fedavgm",
+    "feddyn": "fedaccord.strategies.feddyn:feddyn",
+    "fedmedian": "fedaccord.strategies.flower:fedmedian",
+    "fedprox": "fedaccord.strategies.flower:fedprox",
+    "fedtrimmedavg": "fedaccord.strategies.flower:fedtrimmedavg",
+    "fedyogi": "fedaccord.strategies.flower:fedyogi",
+    "krum": "fedaccord.strategies.flower:krum",
+    "multikrum": "fedaccord.strategies.flower:multikrum",
+    "qfedavg": "fedaccord.strategies.flower:qfedavg",
+    "scaffold": "fedaccord.strategies.scaffold:scaffold",
 }
 _KINDS = {"task": TASKS, "model": MODELS, "strategy": STRATEGIES}
 _GROUPS = {
@@ -37,6 +52,7 @@ _GROUPS = {
     "model": "fedaccord.models",
     "strategy": "fedaccord.strategies",
 }
+_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def known(kind: str) -> list[str]:
@@ -58,6 +74,8 @@ def check(kind: str, name: str) -> str:
     """
     if name in _KINDS[kind]:  # our own need no search through the installed packages
         return name
+    if kind == "strategy" and _PATH.fullmatch(name):  # imported by the coordinator, not by a reader
+        return name
     names = known(kind)
     if name not in names:
         raise AccordError(
@@ -77,6 +95,8 @@ def load(kind: str, name: str) -> Any:
     if name in _KINDS[kind]:
         module, attribute = _KINDS[kind][name].split(":")
         return getattr(importlib.import_module(module), attribute)
+    if ":" in name:
+        return _by_path(kind, name)
     (point, *_) = [p for p in entry_points(group=_GROUPS[kind]) if p.name == name]
     try:
         return point.load()
@@ -84,4 +104,16 @@ def load(kind: str, name: str) -> Any:
         raise AccordError(
             f'{kind} "{name}" cannot be loaded from {point.value}: {type(fault).__name__}: '
             f"{fault}. Mend or reinstall the package that offers it."
+        ) from fault
+
+
+def _by_path(kind: str, path: str) -> Any:
+    """Import what "package.module:Name" names."""
+    module, attribute = path.split(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as fault:  # whatever the module's own import raises
+        raise AccordError(
+            f'{kind} "{path}" cannot be loaded: {type(fault).__name__}: {fault}. Install its '
+            "package where the coordinator runs, or name another."
         ) from fault

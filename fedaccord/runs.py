@@ -86,6 +86,42 @@ class RunFolder:
         folder._head = str(records[-1].get("hash")) if records else _GENESIS
         return folder
 
+    @classmethod
+    def reopen(cls, path: Path) -> tuple[RunFolder, int]:
+        """Open a run that was cut short, to go on with it.
+
+        A last line that was being written when the run was cut is removed: nobody has relied on it.
+
+        Returns:
+            The folder, and how many bytes of an unfinished line were removed.
+
+        Raises:
+            EvidenceError: as `open`; a run that has come to its end, or was altered.
+        """
+        if (path / MANIFEST).exists():
+            raise EvidenceError(
+                f"run {path}: has come to its end, there is nothing to resume. Start a new run."
+            )
+        cut = 0
+        if (path / ROUNDS).is_file():
+            data = (path / ROUNDS).read_bytes()
+            whole = data.rfind(b"\n") + 1
+            cut = len(data) - whole
+            if cut:
+                write_atomic(path / ROUNDS, data[:whole])
+        folder = cls.open(path)
+        previous = _GENESIS
+        for record in folder.records():
+            if record.get("hash") != _mark(previous, record):
+                raise EvidenceError(
+                    f'run {path}: record "{record.get("id")}" was edited after it was written. '
+                    "Restore the folder, or start a new run."
+                )
+            previous = str(record.get("hash"))
+        if not folder.records():
+            raise EvidenceError(f"run {path}: holds no record yet. Start a new run.")
+        return folder, cut
+
     def append(self, record: Record) -> None:
         """Add one record, durably; `id` and `kind` name it."""
         self._head = _mark(self._head, record)

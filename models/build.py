@@ -15,6 +15,8 @@ from fedaccord.models.options import OptionFault
 from fedaccord.models.pretrained import Pretrained, folder, load_file
 from fedaccord.tasks import TaskSpec
 
+_STAY = "weights_that_stay"  # in a model's __dict__, so that its copies have it too
+
 
 def build(
     name: str,
@@ -68,14 +70,35 @@ def build(
 
 
 def agreed(model: ModelSection, spec: TaskSpec, seed: int) -> nn.Module:
-    """Build the model that an accord agrees on: pretrained, and frozen, where it says so.
+    """Build the model that an accord agrees on: pretrained, frozen, and local where it says so.
 
     Raises:
-        AccordError: as `build` and `freeze`.
+        AccordError: as `build`, `freeze` and `keep`.
     """
     made = build(model.name, spec, model.options, seed, pretrained_of(model))
     freeze(made, model.frozen)
+    keep(made, model.local)
     return made
+
+
+def keep(model: nn.Module, starts: Sequence[str]) -> None:
+    """Name the weights that are trained and stay at their site, by the start of their names.
+
+    They are those of FedBN (Li et al. 2021) or of a personal head (Arivazhagan et al. 2019).
+
+    Raises:
+        AccordError: a start that no trained weight has, or nothing left to send.
+    """
+    names = list(trained(model))
+    for start in starts:
+        if not any(name.startswith(start) for name in names):
+            raise AccordError(
+                f'model.local: no trained weight\'s name starts with "{start}". They are '
+                f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Mend it."
+            )
+    model.__dict__[_STAY] = tuple(n for n in names if any(n.startswith(s) for s in starts))
+    if not trained(model):
+        raise AccordError("model.local leaves no weight to send. Leave a layer out of it.")
 
 
 def freeze(model: nn.Module, starts: Sequence[str]) -> None:
@@ -121,11 +144,19 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return what training changes of a model, by name, in order: only this travels.
 
     That is all of its state but the weights that are frozen, which are the same at every site:
-    they come from the seed and the pretrained weights. They are the model's own tensors, no copies.
+    they come from the seed and the pretrained weights, and those that stay at their site (`keep`).
+    They are the model's own tensors, no copies.
     """
     every = model.named_parameters(remove_duplicate=False)
-    frozen = {name for name, value in every if not value.requires_grad}
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+    left = {name for name, value in every if not value.requires_grad}
+    left |= set(model.__dict__.get(_STAY, ()))
+    return {name: value for name, value in model.state_dict().items() if name not in left}
+
+
+def staying(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights that are trained and stay at their site, by name; the model's own."""
+    names = set(model.__dict__.get(_STAY, ()))
+    return {name: value for name, value in model.state_dict().items() if name in names}
 
 
 def put(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -84,8 +86,13 @@ class SubjectOptimizer:
         """Drop the step's sum: what follows is a step of noise alone."""
         self._total = torch.zeros(sum(p.numel() for p in self._parameters), dtype=torch.float64)
 
-    def noisy_step(self, source: Source) -> torch.Tensor:
+    def noisy_step(self, source: Source, then: Callable[[], None] | None = None) -> torch.Tensor:
         """Release the step's sum under the plan and let the wrapped optimiser use it.
+
+        Args:
+            source: of the step's noise.
+            then: called when the released mean stands in the gradients; it may add to them what
+                does not depend on records that are not released.
 
         Returns:
             What was released: the private mean, float64 (d,).
@@ -97,6 +104,8 @@ class SubjectOptimizer:
             part = mean[offset : offset + parameter.numel()]
             offset += parameter.numel()
             parameter.grad = part.view_as(parameter).to(parameter.device, parameter.dtype)
+        if then is not None:
+            then()
         self._optimizer.step()
         self._optimizer.zero_grad()
         return mean

@@ -250,6 +250,9 @@ class Ledger:
     ) -> Entry:
         """Use one slot for a round under the reserved plan, before any record is read.
 
+        Without privacy a round that was cut short may be run again in its slot: it costs nothing,
+        and the run then gives the model that it would have given. Under a plan it may not.
+
         Raises:
             BudgetError: no reservation, another plan or accord than the reserved one, no slot
                 left, or this round has used its slot already.
@@ -259,6 +262,8 @@ class Ledger:
             held = self._held(mine, run, plan, accord)
             slots = held["rounds"] if held else 0
             used = [entry["round"] for entry in mine if entry["kind"] == "INTENT"]
+            if number in used and plan is None and self._unreleased(mine, number):
+                return next(e for e in mine if e["kind"] == "INTENT" and e["round"] == number)
             if number in used:
                 raise BudgetError(
                     f"Site {self.site} has already used its slot for round {number} of run {run}. "
@@ -273,6 +278,10 @@ class Ledger:
             return self._log.append(
                 "INTENT", run, round=number, slot=len(used) + 1, slots=slots, seen=heads
             )
+
+    @staticmethod
+    def _unreleased(mine: list[Entry], number: int) -> bool:
+        return not any(e["kind"] == "RELEASE" and e["round"] == number for e in mine)
 
     def release(self, run: str, number: int, **what: Any) -> Entry:
         """Record what a round released; call it once the bytes are stored and before they go.

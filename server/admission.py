@@ -18,16 +18,26 @@ from fedaccord.privacy import accounting
 from fedaccord.privacy.plan import plan_for
 from fedaccord.server.gates import told
 from fedaccord.server.heads import Heads
+from fedaccord.server.mail import Mail
 
 
 @dataclass
 class Place:
-    """A site in a run: its Flower node, and how many of its reserved rounds are left."""
+    """A site in a run.
+
+    Attributes:
+        site: its name in the roster.
+        node: its Flower node.
+        slots: how many of its reserved rounds are left.
+        entry: its ledger's reservation.
+        misses: rounds in a row that it was asked for and did not answer in time.
+    """
 
     site: str
     node: int
     slots: int
     entry: dict[str, Any]
+    misses: int = 0
 
 
 class DrawnGrid(Grid):
@@ -37,8 +47,9 @@ class DrawnGrid(Grid):
     to take all of them, they have nothing left to draw.
     """
 
-    def __init__(self, grid: Grid, nodes: list[int]) -> None:
-        self._grid, self._nodes = grid, nodes
+    def __init__(self, grid: Grid, sites: dict[int, str]) -> None:
+        """Take a grid, and the drawn nodes with their sites in order of site."""
+        self._grid, self.sites, self._nodes = grid, sites, list(sites)
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the drawn nodes."""
@@ -83,18 +94,6 @@ class DrawnGrid(Grid):
         return self._grid.send_and_receive(messages, timeout=timeout)
 
 
-def ask(
-    grid: Grid, nodes: Iterable[int], kind: str, content: RecordDict, timeout: float
-) -> dict[int, Message]:
-    """Send the same content to some nodes and collect the first reply of each, by node."""
-    messages = [Message(content, node, kind) for node in nodes]
-    replies = grid.send_and_receive(messages, timeout=timeout)
-    found: dict[int, Message] = {}
-    for reply in replies:
-        found.setdefault(reply.metadata.src_node_id, reply)
-    return found
-
-
 def words(reply: Message) -> dict[str, Any]:
     """Return the config record of a reply, or what went wrong under "refused"."""
     if reply.has_error():
@@ -102,27 +101,34 @@ def words(reply: Message) -> dict[str, Any]:
     return dict(reply.content.config_records.get("config", {}))
 
 
-def admit(grid: Grid, accord: Accord, run: str, heads: Heads) -> tuple[list[Place], dict[str, str]]:
+def question(accord: Accord, run: str) -> RecordDict:
+    """Write what every question to a site carries."""
+    return RecordDict({"config": ConfigRecord({"run": run, "accord": accord.digest})})
+
+
+def admit(
+    mail: Mail, accord: Accord, run: str, heads: Heads
+) -> tuple[list[Place], dict[str, str], set[int]]:
     """Learn which node is which site, ask each for admission, and have the willing reserve.
 
     Nobody reserves unless enough sites let the accord in, so that a run that cannot start costs
     no site anything.
 
     Args:
-        grid: the carrier.
+        mail: the carrier.
         accord: what was agreed.
         run: the run's id.
         heads: takes in the heads of the sites' ledgers, and shows them before anybody reserves.
 
     Returns:
-        The places in order of site, none if too few sites let the accord in, and the reason of
-        every site that stays out.
+        The places in order of site, none if too few sites let the accord in; the reason of every
+        site that stays out; and the nodes that gave one, which are not to be asked again.
     """
-    config = RecordDict({"config": ConfigRecord({"run": run, "accord": accord.digest})})
-    timeout = accord.rounds.timeout
+    config, timeout = question(accord, run), accord.rounds.timeout
+    nodes_there = list(mail.grid.get_node_ids())
     answers = {
         node: words(reply)
-        for node, reply in ask(grid, grid.get_node_ids(), "query.join", config, timeout).items()
+        for node, reply in mail.ask(nodes_there, "query.join", config, timeout).items()
     }
     claims: dict[str, list[tuple[int, str]]] = {}
     for node, said in answers.items():
@@ -141,19 +147,21 @@ def admit(grid: Grid, accord: Accord, run: str, heads: Heads) -> tuple[list[Plac
     for site in accord.roster:
         if site not in nodes and site not in out:
             out[site] = "no answer"
+    closed = set(answers) - set(nodes.values())
     if len(nodes) < accord.rounds.min_sites:
-        return [], out
+        return [], out, closed
     places: list[Place] = []
     config.config_records["config"]["heads"] = heads.show(0)
-    replies = ask(grid, [nodes[s] for s in sorted(nodes)], "query.reserve", config, timeout)
+    replies = mail.ask([nodes[s] for s in sorted(nodes)], "query.reserve", config, timeout)
     for site in sorted(nodes):
         said = words(replies[nodes[site]]) if nodes[site] in replies else {"refused": "no answer"}
         entry, reason = reservation(said, accord, site, run)
         if reason := reason or heads.hear(site, said):
             out[site] = reason
+            closed |= {nodes[site]} if nodes[site] in replies else set()
         else:
             places.append(Place(site, nodes[site], accord.reserved_rounds, entry))
-    return places, out
+    return places, out, closed
 
 
 def reservation(
@@ -200,10 +208,9 @@ def refusal(out: dict[str, str]) -> str:
     return f"{words} Out as well: {names}." if others else words
 
 
-def collect_ledgers(grid: Grid, places: list[Place], accord: Accord, run: str) -> dict[str, str]:
+def collect_ledgers(mail: Mail, places: list[Place], accord: Accord, run: str) -> dict[str, str]:
     """Ask every site for its ledger, as JSON lines by site; a silent one is left out."""
-    config = RecordDict({"config": ConfigRecord({"run": run, "accord": accord.digest})})
     sites = {place.node: place.site for place in places}
-    replies = ask(grid, sites, "query.ledger", config, accord.rounds.timeout)
+    replies = mail.ask(sites, "query.ledger", question(accord, run), accord.rounds.timeout)
     texts = {sites[node]: words(reply).get("ledger") for node, reply in replies.items()}
     return {site: str(text) for site, text in sorted(texts.items()) if text}

@@ -1,96 +1,128 @@
-"""The ServerApp: admit the sites, run the rounds, leave the evidence."""
+"""The ServerApp: admit the sites, run the rounds, leave the evidence; or go on with a run."""
 
 from __future__ import annotations
 
-import math
-import platform
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Strategy
 
 from fedaccord import accord as accords
-from fedaccord import devices, registry, runs
+from fedaccord import devices, runs
 from fedaccord.accord import Accord, ModelSection
 from fedaccord.errors import AccordError, BudgetError
-from fedaccord.evidence import build_hash
 from fedaccord.models.build import agreed, parameter_count
-from fedaccord.privacy import accounting, engines, tradeoff
 from fedaccord.privacy.client_level import ClientPlan
 from fedaccord.privacy.plan import Plan, plan_for
-from fedaccord.privacy.probe import synthetic
-from fedaccord.privacy.views import Views
 from fedaccord.runs import RunFolder
-from fedaccord.server import admission, checkpoint, distillation
-from fedaccord.server.admission import Place
+from fedaccord.server import admission, checkpoint, distillation, records, resume
+from fedaccord.server.door import Door
 from fedaccord.server.heads import Heads
+from fedaccord.server.mail import Mail
 from fedaccord.server.rounds import Coordinator
 from fedaccord.strategies.client_level import ClientLevelMean, refuse_state
+from fedaccord.strategies.driver import Driver
+from fedaccord.strategies.seam import driver_for
 from fedaccord.tasks import Task, check_fits, task_of
-
-PACKAGES = ("flwr", "torch", "opacus", "dp-accounting", "fairlearn", "numpy")
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run one accord over whatever carries the grid.
+    """Run one accord over whatever carries the grid, or go on with a run that was cut short.
 
     Run config: `accord` (a TOML file, or the name of a bundled accord), `run` (the folder to
-    leave, or "" for a new one under $FEDACCORD_HOME).
+    leave, or "" for a new one under $FEDACCORD_HOME), `resume` (true: `run` is a folder that a run
+    of this accord left before its end).
 
     Raises:
         AccordError: an accord that does not hold together.
         BudgetError: too few sites let it in; nothing was read and nothing reserved.
+        EvidenceError: a run that cannot be resumed.
     """
     where = str(context.run_config["accord"])
     accord = accords.load(where)
     task = task_of(accord, accords.find(where).parent.resolve())
     check_fits(accord, task)
     model, student = initial(accord, task)
+    driver_for(accord)  # a strategy that cannot be made is refused before anybody reserves
     devices.settle(parameter_count(model))
-    folder = open_folder(str(context.run_config.get("run", "")), where, accord)
-    about = {"run": folder.id, "engine": type(grid).__name__}
-    folder.append(about | start_record(accord, task, model, student))
+    mail, past, run = Mail(grid), None, str(context.run_config.get("run", ""))
+    if context.run_config.get("resume", False):
+        past, cut = resume.reopen(Path(run), accord)
+        folder = past.folder
+        if past.of_kind("end"):  # all but the seal was done
+            folder.seal()
+            return
+        folder.append(past.resumed(cut))
+    else:
+        folder = open_folder(run, where, accord)
+        about = {"run": folder.id, "engine": type(grid).__name__}
+        folder.append(about | records.start(accord, task, model, student))
+    coordinator = seated(mail, accord, task, folder, model, student, past)
+    reason = resume.take_up(coordinator, past) if past else ""
+    finish(coordinator, reason or coordinator.run())
+
+
+def seated(
+    mail: Mail,
+    accord: Accord,
+    task: Task,
+    folder: RunFolder,
+    model: torch.nn.Module,
+    student: torch.nn.Module | None,
+    past: resume.Past | None,
+) -> Coordinator:
+    """Let the sites in and give each its place; those that are out are on record with the reason.
+
+    Raises:
+        BudgetError: too few let the accord in, or a site shows another reservation than before.
+    """
     heads = Heads(accord.roster)
-    places, out = admission.admit(grid, accord, folder.id, heads)
+    if past is not None and past.state is not None:
+        heads.restore(past.state.heads)
+    places, out, closed = admission.admit(mail, accord, folder.id, heads)
+    known = {record["id"] for record in past.records} if past else set()
     for site, reason in sorted(out.items()):
-        folder.append({"id": f"out/{site}", "kind": "out", "site": site, "reason": reason})
+        record = {"id": f"out/{site}", "kind": "out", "site": site, "reason": reason}
+        if not known & {record["id"], f"plan/{site}"}:
+            folder.append(record)
     if len(places) < accord.rounds.min_sites:
         words = admission.refusal(out)
-        folder.append({"id": "end", "kind": "end", "stop": "refused", "reason": words})
-        folder.seal()
+        if past is None:
+            folder.append({"id": "end", "kind": "end", "stop": "refused", "reason": words})
+            folder.seal()
         raise BudgetError(words)
+    if past is not None:
+        past.seat(places)
     plans = {place.site: plan_for(accord, place.site) for place in places}
     for place in places:
-        folder.append(plan_record(place, plans[place.site]))
-    coordinator = Coordinator(
+        if f"plan/{place.site}" not in known:
+            folder.append(records.plan(place, plans[place.site]))
+    door = Door(mail, accord, folder.id, heads, places)
+    door.close(closed)
+    return Coordinator(
         accord=accord,
         task=task,
-        grid=grid,
-        strategy=strategy_for(accord, plans[places[0].site]),
+        mail=mail,
+        driver=driver_of(accord, plans[places[0].site]),
         folder=folder,
         places=places,
         plans=plans,
         heads=heads,
+        door=door,
         model=checkpoint.weights_of(model),
         student=student,
     )
-    finish(coordinator, coordinator.run())
 
 
-def strategy_for(accord: Accord, plan: Plan | None) -> Strategy:
-    """Build the accord's strategy, or the noised mean where the sites' plans are client-level."""
+def driver_of(accord: Accord, plan: Plan | None) -> Driver:
+    """Make the accord's strategy, or the noised mean where the sites' plans are client-level."""
     if isinstance(plan, ClientPlan):
-        return ClientLevelMean(plan)
-    made: Strategy = registry.load("strategy", accord.strategy.name)()
-    return made
+        return Driver(ClientLevelMean(plan), "updates")
+    return driver_for(accord)
 
 
 def open_folder(run: str, where: str, accord: Accord) -> RunFolder:
@@ -145,76 +177,6 @@ def fitting(wanted: ModelSection, task: Task, seed: int) -> torch.nn.Module:
     return model
 
 
-def start_record(
-    accord: Accord, task: Task, model: torch.nn.Module, student: torch.nn.Module | None
-) -> dict[str, Any]:
-    """Say what is run, by which code, on which task, from which weights."""
-    return {
-        "id": "start",
-        "kind": "start",
-        "accord": accord.digest,
-        "private": accord.privacy.enabled,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "build": build_hash(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "task": {
-            "name": task.spec.name,
-            "source": task.spec.source,
-            "inputs": math.prod(task.spec.shape),
-            "classes": list(task.spec.classes),
-            "groups": {k: list(v) for k, v in task.spec.attributes.items()},
-        },
-        "model": {
-            "name": accord.model.name,
-            "parameters": parameter_count(model),
-            "weights": checkpoint.weights_digest(checkpoint.weights_of(model)),
-        },
-        "gradients": gradients(accord, task, model),
-        "student": None
-        if student is None
-        else {"name": accord.distillation.model, "parameters": parameter_count(student)},
-    }
-
-
-def gradients(accord: Accord, task: Task, model: torch.nn.Module) -> dict[str, str] | None:
-    """Say how each subject's gradient is made and cut; None where none is.
-
-    Every site works it out by itself, from the accord, and finds the same.
-    """
-    how = accord.privacy
-    if not how.enabled or how.unit != "subject":
-        return None
-    views = Views(accord.training.views, accord.training.augmentation)
-    records = synthetic(task, accord.seed)
-    loss = views.loss(engines.cross_entropy)
-    engine, why = engines.resolve(how.engine, views.model(model), loss, *records)
-    return {"asked": how.engine, "engine": engine, "why": why, "precision": how.precision}
-
-
-def plan_record(place: Place, plan: Plan | None) -> dict[str, Any]:
-    """Say what a site reserved and what it costs, by every measure that the report gives."""
-    record: dict[str, Any] = {
-        "id": f"plan/{place.site}",
-        "kind": "plan",
-        "site": place.site,
-        "entry": place.entry,
-    }
-    if plan is None:
-        return record | {"statement": "no privacy guarantee: privacy.enabled = false"}
-    return record | {
-        "statement": plan.statement(),
-        "noise_stddev": plan.noise_stddev,
-        "expected_batch": plan.normaliser,
-        "epsilon": {
-            "PLD": plan.epsilon(),
-            "RDP": plan.epsilon(accountant="RDP"),
-            "replace-one": accounting.epsilon(plan.event(), plan.delta, "replace-one"),
-        },
-        "membership": tradeoff.membership(plan.event()),
-    }
-
-
 def finish(coordinator: Coordinator, reason: str) -> None:
     """Write the models, collect the ledgers, close the run's evidence."""
     folder, student = coordinator.folder, coordinator.student
@@ -225,7 +187,7 @@ def finish(coordinator: Coordinator, reason: str) -> None:
         blank = torch.from_numpy(coordinator.task.spec.blank(2))
         folder.write("student.onnx", distillation.to_onnx(student, blank))
     ledgers = admission.collect_ledgers(
-        coordinator.grid, coordinator.places, coordinator.accord, folder.id
+        coordinator.mail, coordinator.places, coordinator.accord, folder.id
     )
     for site, text in ledgers.items():
         folder.write(f"ledgers/{site}.jsonl", text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedaccord.server.gates import Weights
+from fedaccord.strategies.updates import Weights
 
 
 def follow(average: Weights | None, model: Weights, share: float, rounds: int) -> Weights:

@@ -11,29 +11,53 @@ from torch.nn import functional
 
 from fedaccord.accord import DistillationSection
 from fedaccord.models.build import put
-from fedaccord.server.gates import Weights
+from fedaccord.strategies.sums import OrderFreeSum
+from fedaccord.strategies.updates import Weights
 
 ROWS = 256  # of the proxy set that pass at once
 
 
-def teach(teacher: nn.Module, weights: list[Weights], proxy: torch.Tensor) -> torch.Tensor:
-    """Average the class probabilities of the site models on the proxy set (FedDF, Lin et al. 2020).
+class Lesson:
+    """What the round's site models agree on: their class probabilities, averaged (FedDF).
 
-    Args:
-        teacher: a model of the global architecture; its weights are overwritten.
-        weights: one set per accepted site; each was released under its site's plan.
-        proxy: public inputs (n, ...).
-
-    Returns:
-        float32 (n, classes), rows sum to 1.
+    Models are heard one by one, as they arrive, and none is kept. The average has the same bits in
+    whatever order they came (Lin et al. 2020, Ensemble Distillation, section 3).
     """
-    total = torch.zeros(())
-    with torch.no_grad():
-        for site in weights:
-            put(teacher, {k: torch.from_numpy(np.array(v)) for k, v in site.items()})
-            logits = [teacher.eval()(part) for part in proxy.split(ROWS)]
-            total = total + functional.softmax(torch.cat(logits), dim=1)
-    return total / len(weights)
+
+    def __init__(self, teacher: nn.Module, proxy: torch.Tensor, most: int) -> None:
+        """Prepare for a round.
+
+        Args:
+            teacher: a model of the global architecture; its weights are overwritten.
+            proxy: public inputs (n, ...).
+            most: models that may be heard.
+        """
+        self._teacher, self.proxy, self._most = teacher, proxy, most
+        self._sum: OrderFreeSum | None = None
+        self._shape: tuple[int, ...] = ()
+        self.heard = 0
+
+    def hear(self, weights: Weights) -> None:
+        """Take in one model, which was released under its site's plan.
+
+        A model whose answers are not finite says nothing.
+        """
+        with torch.no_grad():
+            put(self._teacher, {k: torch.from_numpy(np.array(v)) for k, v in weights.items()})
+            logits = [self._teacher.eval()(part) for part in self.proxy.split(ROWS)]
+            shares = functional.softmax(torch.cat(logits), dim=1)
+        if not bool(torch.isfinite(shares).all()):
+            return
+        self._shape = tuple(shares.shape)
+        self._sum = self._sum or OrderFreeSum(shares.numel(), 1.0, self._most)
+        self._sum.add(shares.double().numpy().ravel())
+        self.heard += 1
+
+    def targets(self) -> torch.Tensor:
+        """Return the average, float32 (n, classes), rows sum to 1; at least one was heard."""
+        assert self._sum is not None
+        mean = self._sum.total().reshape(self._shape) / self.heard
+        return torch.from_numpy(mean.astype(np.float32))
 
 
 def distil(

@@ -68,6 +68,17 @@ class Heads:
         turn = (heads + heads)[start : start + min(SHOWN, len(heads))]
         return canonical_json([head.to_json() for head in turn])
 
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return every head that is known, the sites' own among them, for a checkpoint."""
+        every = {(head.site, head.key, head.seq): head for head in self._own.values()}
+        every |= {(head.site, head.key, head.seq): head for head in self._known.values()}
+        return [every[name].to_json() for name in sorted(every)]
+
+    def restore(self, said: list[dict[str, Any]]) -> None:
+        """Take in heads of a checkpoint; the sites' own replies since then count besides."""
+        for head in read_heads(canonical_json(said)):
+            self._keep(head)
+
     def record(self) -> dict[str, Any]:
         """Return the head that each site showed last, for the evidence: number and hash."""
         own = {site: self._own[site, key] for site, key in sorted(self._keys.items())}

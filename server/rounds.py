@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import random
-import time
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
 from fedaccord.accord import Accord
 from fedaccord.fairness.federation import audit_sites
 from fedaccord.models.build import agreed
-from fedaccord.privacy.plan import Plan
+from fedaccord.privacy.plan import Plan, plan_for
 from fedaccord.runs import RunFolder
-from fedaccord.server import admission, averages, checkpoint, distillation, gates
-from fedaccord.server.admission import Place
-from fedaccord.server.gates import Verdict, Weights
+from fedaccord.server import averages, checkpoint, decide, distillation, gates, records
+from fedaccord.server.admission import DrawnGrid, Place, words
+from fedaccord.server.checkpoint import Checkpoint
+from fedaccord.server.distillation import Lesson
+from fedaccord.server.door import JOIN, RESERVE, Door
+from fedaccord.server.gates import Verdict
 from fedaccord.server.heads import Heads
+from fedaccord.server.mail import Mail
+from fedaccord.strategies.driver import Driver
+from fedaccord.strategies.updates import Update, Weights, moved, to_arrays
 from fedaccord.tasks import Task
+
+LOOK = 1.0  # seconds between two looks for sites, while too few are there
 
 
 @dataclass
@@ -32,18 +36,26 @@ class Coordinator:
 
     accord: Accord
     task: Task
-    grid: Grid
-    strategy: Strategy
+    mail: Mail
+    driver: Driver
     folder: RunFolder
     places: list[Place]
     plans: dict[str, Plan | None]
     heads: Heads
+    door: Door
     model: Weights
     student: torch.nn.Module | None
     teacher: torch.nn.Module | None = None  # a model of the global architecture, made when needed
     averaged: Weights | None = None  # over rounds, where the accord wants it
     number: int = 0
     finished: int = 0
+    missing: int = 0  # rounds in a row in which too few sites were there
+    # Of the round under way:
+    verdicts: list[Verdict] = field(default_factory=list)
+    late: list[dict[str, str]] = field(default_factory=list)
+    wants: str = ""  # what the strategy asked of the sites besides updates
+    lesson: Lesson | None = None
+    failed: str = ""
     mechanism: dict[str, Any] | None = None  # what the round's noised mean says of itself
 
     @property
@@ -54,76 +66,118 @@ class Coordinator:
     def run(self) -> str:
         """Run rounds until one decides to stop; return why it did."""
         while True:
-            began = time.monotonic()
+            began = self.mail.clock.now()
             self.number += 1
             drawn = self.invite()
             replies = self.train(drawn)
-            verdicts = self.gate(drawn, replies)
-            accepted = self.aggregate(verdicts)
-            lesson = self.distil(self.teachers(verdicts)) if accepted else None
-            audit = self.audit() if accepted else None
-            self.record(drawn, verdicts, accepted, lesson, audit, time.monotonic() - began)
+            updates = self.gate(drawn, replies)
+            accepted = self.aggregate(updates)
+            lesson = self.distil() if accepted else None
+            audit = self.audit(drawn) if accepted else None
+            self.record(drawn, accepted, lesson, audit, self.mail.clock.now() - began)
             if stop := self.decide(audit):
                 return stop
 
     def invite(self) -> list[Place]:
-        """Step 1: draw the round's sites, from the seed, among those with a slot left."""
-        able = [place for place in self.places if place.slots > 0]
-        wanted = self.accord.rounds.sites_per_round or len(able)
+        """Step 1: draw the round's sites, from the seed, among those here with a slot left.
+
+        Nobody is asked, and no slot is used, where too few are here for the round to count.
+        """
+        fewest, timeout = self.accord.rounds.min_sites, self.accord.rounds.timeout
+        self.late = []
+        end = self.mail.clock.now() + timeout
+        while True:
+            self._welcome()
+            self.door.knock()
+            here = [p for p in self.places if p.slots > 0 and not self.door.away(p)]
+            able = sum(place.slots > 0 for place in self.places)
+            if len(here) >= fewest or able < fewest or self.mail.clock.now() >= end:
+                break
+            self.mail.clock.sleep(LOOK)
+        self.missing = 0 if len(here) >= fewest else self.missing + 1
+        if self.missing:
+            return []
+        wanted = self.accord.rounds.sites_per_round or len(here)
         rng = random.Random(f"{self.accord.seed}/invite/{self.number}")
-        drawn = rng.sample(able, min(wanted, len(able)))
+        drawn = rng.sample(here, min(wanted, len(here)))
         return sorted(drawn, key=lambda place: place.site)
 
-    def train(self, drawn: list[Place]) -> list[Message]:
-        """Step 2: let the strategy address the drawn sites, and collect what they release."""
+    def _welcome(self) -> None:
+        """Take in what came late: sites that are back or new, and replies of earlier rounds."""
+        names = {place.node: place.site for place in self.places}
+        for node, about, reply in self.mail.late():
+            if about not in (JOIN, RESERVE):
+                self.late.append({"site": names.get(node, f"node {node}"), "answers": about})
+                continue
+            place = self.door.hear(node, about, words(reply))
+            if place is not None and place.site in self.plans:
+                record = records.back(place.site, self.number)
+                self.folder.append(record)
+            elif place is not None:
+                self.plans[place.site] = plan_for(self.accord, place.site)
+                self.folder.append(records.plan(place, self.plans[place.site]))
+
+    def train(self, drawn: list[Place]) -> Iterator[Message]:
+        """Step 2: let the strategy address the drawn sites; give back replies as they arrive."""
+        if not drawn:
+            return iter(())
         for place in drawn:  # a slot is gone once it is asked for, answer or not
             place.slots -= 1
-        view = admission.DrawnGrid(self.grid, [place.node for place in drawn])
-        messages = self.strategy.configure_train(
+        messages = self.driver.ask(
             self.number,
-            gates.to_arrays(self.model),
+            self.model,
             ConfigRecord(self._about() | {"heads": self.heads.show(self.number)}),
-            view,
+            DrawnGrid(self.mail.grid, {place.node: place.site for place in drawn}),
         )
-        return list(self.grid.send_and_receive(messages, timeout=self.accord.rounds.timeout))
+        asked = dict(messages[0].content.config_records.get("config", {})) if messages else {}
+        self.wants = str(asked.get("wants", ""))
+        timeout = self.accord.rounds.timeout
+        return self.mail.exchange(messages, timeout, f"round {self.number}")
 
-    def gate(self, drawn: list[Place], replies: list[Message]) -> list[tuple[Verdict, Message]]:
-        """Step 3: drop what is malformed or not from who was asked; record why."""
+    def gate(self, drawn: list[Place], replies: Iterable[Message]) -> Iterator[Update]:
+        """Step 3: drop what is malformed or not from who was asked; keep on record why."""
         sites = {place.node: place.site for place in drawn}
         bound = None if self.client_level else self.accord.strategy.max_update_norm
-        found = gates.gate(replies, sites, self.folder.id, self.number, self.model, bound)
-        return [(self._heard(verdict, reply), reply) for verdict, reply in found]
+        weights, self.verdicts, self.lesson = self.weights(), [], self._lesson(len(drawn))
+        encoding = self.accord.strategy.encoding
+        found = gates.gate(replies, sites, self.folder.id, self.number, self.model, bound, encoding)
+        for verdict, reply in found:
+            fault = "" if verdict.reason else self.heads.hear(verdict.site, words(reply))
+            if fault:  # the site shows a ledger that went back
+                verdict = Verdict(verdict.site, fault)
+            self.verdicts.append(verdict.without_change())
+            if verdict.change is None:
+                continue
+            if self.lesson is not None and not self.client_level:
+                self.lesson.hear(moved(self.model, verdict.change))
+            yield Update(verdict.site, verdict.change, weights[verdict.site], dict(verdict.metrics))
 
-    def _heard(self, verdict: Verdict, reply: Message) -> Verdict:
-        """Drop an update whose site shows a ledger that went back."""
-        fault = "" if verdict.reason else self.heads.hear(verdict.site, admission.words(reply))
-        return Verdict(verdict.site, fault) if fault else verdict
-
-    def aggregate(self, verdicts: list[tuple[Verdict, Message]]) -> list[str]:
+    def aggregate(self, updates: Iterable[Update]) -> list[str]:
         """Step 4: give the accepted updates, with the roster's weights, to the strategy.
 
         Returns the sites whose updates are in the new model; none where the round failed, and
         then the model stays what it was.
         """
-        weights, self.mechanism = self.weights(), None
-        good = [(verdict, reply) for verdict, reply in verdicts if not verdict.reason]
-        if len(good) < self.accord.rounds.min_sites:
+        self.mechanism = None
+        outcome = self.driver.combine(
+            self.number,
+            self.model,
+            updates,
+            bound=self.accord.strategy.max_update_norm,
+            heaviest=max(self.weights().values()),
+            quorum=self.accord.rounds.min_sites,
+        )
+        self.failed = outcome.fault
+        if outcome.model is None:
             return []
-        replies = [gates.weighted(v, reply, weights[v.site]) for v, reply in good]
-        arrays, said = self.strategy.aggregate_train(self.number, replies)
-        if arrays is None:
-            return []
-        self.model = {
-            name: np.asarray(value, self.model[name].dtype)
-            for name, value in gates.to_weights(arrays).items()
-        }
-        self.mechanism = dict(said) if self.client_level and said else None
+        self.model = outcome.model
+        self.mechanism = dict(outcome.said) if self.client_level and outcome.said else None
         self.finished += 1
         if self.accord.strategy.averaging:
             self.averaged = averages.follow(
                 self.averaged, self.model, self.accord.strategy.averaging, self.finished
             )
-        return [verdict.site for verdict, _ in good]
+        return list(outcome.sites)
 
     @property
     def shown(self) -> Weights:
@@ -134,44 +188,57 @@ class Coordinator:
         """Each site's weight in the mean: its declared size, or 1 under client-level privacy."""
         return {site: 1 if self.client_level else n for site, n in self.accord.roster.items()}
 
-    def teachers(self, verdicts: list[tuple[Verdict, Message]]) -> list[Weights]:
-        """Choose who teaches: the site models; under client-level privacy the noised mean alone."""
-        if self.client_level:
-            return [self.model]
-        return [v.weights for v, _ in verdicts if not v.reason and v.weights is not None]
-
-    def distil(self, teachers: list[Weights]) -> dict[str, float] | None:
-        """Step 5: teach the student what the teachers agree on, on public inputs."""
+    def _lesson(self, models: int) -> Lesson | None:
+        """Prepare for the round's lesson, if one is due once the round has counted."""
         settings = self.accord.distillation
-        if self.student is None or self.finished % settings.every:
+        if self.student is None or (self.finished + 1) % settings.every:
             return None
-        seed = self.accord.seed
-        proxy = torch.from_numpy(self.task.public(settings.proxy_rows, seed))
+        proxy = torch.from_numpy(self.task.public(settings.proxy_rows, self.accord.seed))
         if self.teacher is None:
-            self.teacher = agreed(self.accord.model, self.task.spec, seed)
-        targets = distillation.teach(self.teacher, teachers, proxy)
+            self.teacher = agreed(self.accord.model, self.task.spec, self.accord.seed)
+        return Lesson(self.teacher, proxy, max(1, models))
+
+    def distil(self) -> dict[str, float] | None:
+        """Step 5: teach the student what the site models agree on, on public inputs.
+
+        Under client-level privacy the noised mean is the only teacher.
+        """
+        if self.lesson is None or self.student is None:
+            return None
+        if self.client_level:
+            self.lesson.hear(self.model)
+        if not self.lesson.heard:
+            return None
         before, after = distillation.distil(
-            self.student, proxy, targets, settings, seed + self.number
+            self.student,
+            self.lesson.proxy,
+            self.lesson.targets(),
+            self.accord.distillation,
+            self.accord.seed + self.number,
         )
         return {"divergence_before": before, "divergence_after": after}
 
-    def audit(self) -> dict[str, Any]:
-        """Step 6: have every site count both models' predictions by group, and work out figures."""
+    def audit(self, drawn: list[Place]) -> dict[str, Any]:
+        """Step 6: have every site count both models' predictions by group, and work out figures.
+
+        Who was silent in this round, or is away, is not waited for once more.
+        """
         content = RecordDict({"config": ConfigRecord(self._about())})
-        content["model"] = gates.to_arrays(self.shown)
+        content["model"] = to_arrays(self.shown)
         if self.student is not None:
-            content["student"] = gates.to_arrays(checkpoint.weights_of(self.student))
-        nodes = [place.node for place in self.places]
-        timeout = self.accord.rounds.timeout
-        replies = admission.ask(self.grid, nodes, "evaluate", content, timeout)
+            content["student"] = to_arrays(checkpoint.weights_of(self.student))
+        silent = {place.site for place in drawn} - {verdict.site for verdict in self.verdicts}
+        missing = {p.site: "no answer" for p in self.places if p.site in silent}
+        missing |= {p.site: "away" for p in self.places if self.door.away(p)}
+        nodes = [place.node for place in self.places if place.site not in missing]
+        replies = self.mail.ask(nodes, "evaluate", content, self.accord.rounds.timeout)
         rules, classes = self.accord.fairness, len(self.task.spec.classes)
         groups = {name: self.task.spec.attributes[name] for name in rules.attributes}
         shapes = {name: (len(names), classes, classes) for name, names in groups.items()}
-        missing: dict[str, str] = {}
         tables: dict[str, dict[str, Any]] = {section: {} for section in content.array_records}
         for place in self.places:
             if place.node not in replies:
-                missing[place.site] = "no answer"
+                missing.setdefault(place.site, "no answer")
                 continue
             missing[place.site], counts = gates.read_counts(
                 replies[place.node], place.site, self.folder.id, self.number, shapes, tables.keys()
@@ -187,47 +254,59 @@ class Coordinator:
     def record(
         self,
         drawn: list[Place],
-        verdicts: list[tuple[Verdict, Message]],
         accepted: list[str],
         lesson: dict[str, float] | None,
         audit: dict[str, Any] | None,
         seconds: float,
     ) -> None:
         """Step 7: checkpoint atomically, then append the round to the evidence."""
-        student = None if self.student is None else checkpoint.weights_of(self.student)
-        checkpoint.save(self.folder.path, self.number, self.shown, student)
-        replies: dict[str, dict[str, Any]] = {}
-        for verdict, _ in verdicts:
-            said: dict[str, Any] = {"accepted": not verdict.reason, "reason": verdict.reason}
-            said |= accepted_update(verdict)
-            first = replies.setdefault(verdict.site, said)
-            if first is not said:  # the first reply counts; that there were more is on record
-                first["further"] = [*first.get("further", []), verdict.reason]
+        answered = {verdict.site for verdict in self.verdicts}
         for place in drawn:
-            replies.setdefault(place.site, {"accepted": False, "reason": "no answer"})
-        self.folder.append(
-            {
-                "id": f"round-{self.number}",
-                "kind": "round",
-                "round": self.number,
-                "invited": [place.site for place in drawn],
-                "replies": replies,
-                "aggregated": accepted,
-                "weights": {site: self.weights()[site] for site in accepted},
-                "model": checkpoint.weights_digest(self.shown),
-                "student": checkpoint.weights_digest(student) if student else None,
-                "distillation": lesson,
-                "audit": audit,
-                "epsilon": self._epsilon(),
-                "heads": self.heads.record(),
-                "seconds": round(seconds, 3),
-            }
-            | ({"mechanism": self.mechanism} if self.client_level else {})
+            place.misses = 0 if place.site in answered else place.misses + 1
+        student = {} if self.student is None else checkpoint.weights_of(self.student)
+        invited = [place.site for place in drawn]
+        record: dict[str, Any] = {
+            "id": f"round-{self.number}",
+            "kind": "round",
+            "round": self.number,
+            "invited": invited,
+            "replies": records.replies(self.verdicts, invited),
+            "strangers": records.strangers(self.verdicts, invited),
+            "late": self.late,
+            "away": [place.site for place in self.places if self.door.away(place)],
+            "failed": self.failed,
+            "aggregated": accepted,
+            "weights": {site: self.weights()[site] for site in accepted},
+            "model": checkpoint.weights_digest(self.shown),
+            "student": checkpoint.weights_digest(student) if student else None,
+            "distillation": lesson,
+            "audit": audit,
+            "epsilon": self._epsilon(),
+            "heads": self.heads.record(),
+            "seconds": round(seconds, 3),
+        }
+        if self.client_level:
+            record["mechanism"] = self.mechanism
+        state = Checkpoint(
+            self.number,
+            model=self.model,
+            averaged=self.averaged or {},
+            student=student,
+            strategy=self.driver.state(),
+            heads=self.heads.to_json(),
+            record=record,
         )
+        checkpoint.save(self.folder.path, state)
+        self.folder.append(record)
 
     def decide(self, audit: dict[str, Any] | None) -> str:
         """Step 8: go on (""), or stop and say why; either is on record."""
-        reason = self._breach(audit) or self._reached(audit) or self._end()
+        able = sum(place.slots > 0 for place in self.places)
+        reason = (
+            decide.breach(self.accord, audit)
+            or decide.reached(self.accord, audit)
+            or decide.ended(self.accord, self.finished, able, self.missing)
+        )
         self.folder.append(
             {
                 "id": f"decision-{self.number}",
@@ -238,44 +317,6 @@ class Coordinator:
             }
         )
         return reason
-
-    def _breach(self, audit: dict[str, Any] | None) -> str:
-        """Say which fairness rule the accord stops for, or "" if none."""
-        rule = self.accord.fairness
-        if audit is None or rule.max_parity_difference is None or not rule.stop_on_breach:
-            return ""
-        for section, name in product(("model", "student"), rule.attributes):
-            if section not in audit:
-                continue
-            figure = audit[section]["figures"]["attributes"][name]["all"]
-            value = figure["demographic_parity_difference"]["value"]
-            if value is not None and value > rule.max_parity_difference:
-                return (
-                    f"fairness rule: the demographic parity difference of the {section} by {name}, "
-                    f"{value:.3f}, is above {rule.max_parity_difference:g}"
-                )
-        return ""
-
-    def _reached(self, audit: dict[str, Any] | None) -> str:
-        """Say that the model is as accurate as the accord asked, or "" if not."""
-        target = self.accord.rounds.target_accuracy
-        mean = None if audit is None else audit["model"]["figures"]["accuracy"]["mean"]
-        if target is None or mean is None or mean < target:
-            return ""
-        return f"target reached: mean accuracy {mean:.3f} is at least {target:g}"
-
-    def _end(self) -> str:
-        """Say why there is no further round, or "" if there is one."""
-        planned = self.accord.rounds.rounds
-        if self.finished >= planned:
-            return f"rounds done: {planned} of {planned}"
-        able = sum(place.slots > 0 for place in self.places)
-        if able < self.accord.rounds.min_sites:
-            return (
-                f"budget: {able} sites have a reserved round left, after {self.finished} of "
-                f"{planned} rounds"
-            )
-        return ""
 
     def _epsilon(self) -> dict[str, Any]:
         """Each site's used rounds, what they have spent (see `odometer`), and what is reserved."""
@@ -297,13 +338,3 @@ class Coordinator:
             "accord": self.accord.digest,
             "server-round": self.number,
         }
-
-
-def accepted_update(verdict: Verdict) -> dict[str, Any]:
-    """Describe an accepted update: its length, and the hash that its site's RELEASE has as well.
-
-    Nothing where it has no norm: an update without noise leaves no mark on the record.
-    """
-    if verdict.weights is None or verdict.norm is None:
-        return {}
-    return {"update_norm": verdict.norm, "sha256": checkpoint.weights_digest(verdict.weights)}

@@ -130,7 +130,9 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def simulate(accord: Accord, where: str, run: Path, sites: Path, console: Console) -> Table:
+def simulate(
+    accord: Accord, where: str, run: Path, sites: Path, console: Console, resume: bool = False
+) -> Table:
     """Run an accord in this process and show it live.
 
     Args:
@@ -139,6 +141,7 @@ def simulate(accord: Accord, where: str, run: Path, sites: Path, console: Consol
         run: the folder that the run leaves.
         sites: where the simulated sites keep ledgers and policies.
         console: where the table is drawn.
+        resume: whether `run` is a run that was cut short.
 
     Returns:
         The table of all rounds.
@@ -151,6 +154,6 @@ def simulate(accord: Accord, where: str, run: Path, sites: Path, console: Consol
     if not console.is_terminal:  # a log gets a line a round
         progress.tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
     with Live(progress, console=console, transient=True, refresh_per_second=4):
-        engine.simulate(where, run, sites, len(accord.roster), progress.on_reply)
+        engine.simulate(where, run, sites, len(accord.roster), progress.on_reply, resume)
     progress.catch_up()
     return progress.table()

@@ -30,28 +30,35 @@ def isolate(content: RecordDict) -> RecordDict:
     Flower's strategies put one RecordDict into all messages; a site that changed its copy would
     otherwise change everybody's.
     """
-    out = RecordDict()
+    out = content.copy()
     for name, record in content.items():
-        copy = type(record)()
+        own: Any = record.copy()  # shallow, without checking every key and value once more
         for key, value in record.items():
-            copy[key] = _own(value)
-        out[name] = copy
+            if isinstance(value, Array):  # its words about its bytes can be changed in place
+                own[key] = Array(value.dtype, tuple(value.shape), value.stype, value.data)
+            elif isinstance(value, list):
+                own[key] = list(value)
+        out[name] = own
     return out
-
-
-def _own(value: Any) -> Any:
-    """Copy what can be changed in place: lists, and an Array's words about its bytes."""
-    if isinstance(value, Array):
-        return Array(value.dtype, tuple(value.shape), value.stype, value.data)
-    return list(value) if isinstance(value, list) else value
 
 
 class InProcessGrid(Grid):
     """A Flower Grid whose nodes are calls of the ClientApp in this process, one after another.
 
+    A site works when its reply is pulled, and nothing of a message or reply is held here after
+    that. So who pulls one reply at a time, and is done with it before the next, needs memory for
+    one reply, however many sites there are.
+
+    | case | what happens |
+    |---|---|
+    | the ClientApp raises | an error reply; the node's state is what it was before the message |
+    | a node that is not there | its message is never answered |
+    | a message that nobody pulls | the site never works on it; it is dropped after its time to live |
+    | a node that keeps no state | costs nothing between messages |
+
     It relies on a few names of Flower's that are not documented (`TaskIdentity`, `Run`,
     `_message_id`); the minor version is pinned and a test compares it with Flower's own runtime.
-    """
+    """  # noqa: E501  (a table row cannot be broken)
 
     def __init__(
         self,
@@ -73,16 +80,9 @@ class InProcessGrid(Grid):
         self._app, self._on_reply = client_app, on_reply
         self._waiting: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=RUN_ID)
-        self._contexts = {
-            FIRST_NODE + place: Context(
-                run_id=RUN_ID,
-                node_id=FIRST_NODE + place,
-                node_config={"partition-id": place, "num-partitions": nodes},
-                state=RecordDict(),
-                run_config=dict(run_config),
-            )
-            for place in range(nodes)
-        }
+        self._nodes = range(FIRST_NODE, FIRST_NODE + nodes)
+        self._run_config = dict(run_config)
+        self._states: dict[int, RecordDict] = {}  # of the nodes that keep something
 
     def set_run(self, run: Run) -> None:
         """Set the run."""
@@ -106,16 +106,19 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes, in order."""
-        return list(self._contexts)
+        return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Take messages; they are worked on when their replies are pulled."""
-        ids = []
+        ids, now = [], time.time()
+        for mark, message in list(self._waiting.items()):
+            if message.metadata.created_at + message.metadata.ttl < now:
+                del self._waiting[mark]
         for message in messages:
             mark = str(uuid4())
             message.metadata.__dict__["_message_id"] = mark
             ids.append(mark)
-            if message.metadata.dst_node_id in self._contexts:
+            if message.metadata.dst_node_id in self._nodes:
                 self._waiting[mark] = message  # to an unknown node: never answered, as in Flower
         return ids
 
@@ -138,10 +141,11 @@ class InProcessGrid(Grid):
         return replies
 
     def _work(self, message: Message) -> Message:
-        context = self._contexts[message.metadata.dst_node_id]
+        node = message.metadata.dst_node_id
+        context = self._context(node)
         asked = Message(
             isolate(message.content),
-            message.metadata.dst_node_id,
+            node,
             message.metadata.message_type,
             ttl=message.metadata.ttl,
             group_id=message.metadata.group_id or None,
@@ -151,12 +155,24 @@ class InProcessGrid(Grid):
             reply = self._app(message=asked, context=context)
             if reply.has_content():
                 reply = Message(isolate(reply.content), reply_to=asked)
+            if context.state or node in self._states:
+                self._states[node] = context.state
         except Exception as fault:  # Flower's engines turn a ClientApp's exception into a reply
             text = f"{type(fault)}:<'{fault}'>\n{traceback.format_exc()}"
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text), reply_to=asked)
         reply.metadata.__dict__["_message_id"] = str(uuid4())
         self._on_reply(reply)
         return reply
+
+    def _context(self, node: int) -> Context:
+        """Make a node's Context, with a copy of its state, which a fault leaves as it was."""
+        return Context(
+            run_id=RUN_ID,
+            node_id=node,
+            node_config={"partition-id": node - FIRST_NODE, "num-partitions": len(self._nodes)},
+            state=isolate(self._states.get(node, RecordDict())),
+            run_config=dict(self._run_config),
+        )
 
 
 def run_in_process(
@@ -188,6 +204,7 @@ def simulate(
     sites: Path,
     nodes: int,
     on_reply: Callable[[Message], None] = lambda _: None,
+    resume: bool = False,
 ) -> None:
     """Run FedAccord's own apps on this machine.
 
@@ -197,6 +214,7 @@ def simulate(
         sites: where the simulated sites keep their ledgers and policies.
         nodes: how many sites the accord has.
         on_reply: called with every reply.
+        resume: whether `run` is a run that was cut short, to be gone on with.
 
     Raises:
         FedAccordError: as the ServerApp; or the task's data was not fetched.
@@ -207,4 +225,5 @@ def simulate(
     agreed = accords.load(accord)
     refuse_missing(task_of(agreed, accords.find(accord).parent), agreed.roster)
     config: Config = {"accord": str(accord), "run": str(run), "sites": str(sites.resolve())}
+    config["resume"] = resume
     run_in_process(server_app, client_app, nodes, config, on_reply)

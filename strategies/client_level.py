@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from fedaccord.errors import AccordError
 from fedaccord.privacy import noise
 from fedaccord.privacy.client_level import ClientPlan, Released, release
+from fedaccord.strategies.updates import flat, shaped, to_arrays, to_weights
 
 
 class ClientLevelMean(FedAvg):
@@ -41,6 +42,16 @@ class ClientLevelMean(FedAvg):
         self._base = ArrayRecord()
         self._asked = 0
 
+    takes = "updates"
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return what outlives a round: the clipping norm, which adaptive clipping moves."""
+        return {"clipping_norm": np.array(self.clipping_norm)}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Take back what `state` returned."""
+        self.clipping_norm = float(state["clipping_norm"])
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -68,17 +79,17 @@ class ClientLevelMean(FedAvg):
         ]
         if not self._asked or not contents:
             return None, None
-        base = {name: array.numpy() for name, array in self._base.items()}
-        start = _flat(base)
+        base = to_weights(self._base)
+        start = flat(base)
         updates = (
-            _flat({name: record[name].numpy() for name in base}) - start for record in contents
+            flat({name: record[name].numpy() for name in base}) - start for record in contents
         )
         with np.errstate(invalid="ignore", over="ignore"):  # what is not finite becomes zero
             out = release(
                 self.plan, updates, len(start), self._asked, self.clipping_norm, self._entropy()
             )
         self.clipping_norm = out.next_clipping_norm
-        return _shaped(start + out.mean, base), _words(out)
+        return to_arrays(shaped(start + out.mean, base)), _words(out)
 
 
 def refuse_state(model: nn.Module) -> None:
@@ -98,22 +109,6 @@ def refuse_state(model: nn.Module) -> None:
                 '"client" only trained weights are sent. Choose a model without it, or register it '
                 "with persistent=False."
             )
-
-
-def _flat(weights: dict[str, np.ndarray]) -> noise.Floats:
-    """Put all weights into one float64 row."""
-    parts = [np.zeros(0), *(value.astype(np.float64).ravel() for value in weights.values())]
-    return np.concatenate(parts)
-
-
-def _shaped(flat: noise.Floats, like: dict[str, np.ndarray]) -> ArrayRecord:
-    """Cut a row into arrays of the names, shapes and dtypes of others."""
-    out, offset = {}, 0
-    for name, value in like.items():
-        part = flat[offset : offset + value.size]
-        offset += value.size
-        out[name] = Array(np.asarray(part.reshape(value.shape), value.dtype))
-    return ArrayRecord(out)
 
 
 def _words(out: Released) -> MetricRecord:
