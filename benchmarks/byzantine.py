@@ -1,11 +1,12 @@
 """`python -m benchmarks.byzantine`: what hostile sites can do to each rule, on skewed data.
 
 2 of 11 sites are hostile and know all honest updates of the round. The records are those of the
-task digits, all offices together, divided anew by Dirichlet(0.3) of labels: `fedaccord task plot
-digits --partition dirichlet:0.3 --sites 11 --seed 0` draws it. Hostile sites are the last two. Sites
-train with the product's own code (client/train.py), rules are those of an accord ([strategy]
-name), and updates pass through the coordinator's driver. "Clean" is FedAvg over the nine
-honest sites alone. Accuracy is of the task's public images, in percent.
+task digits, all offices together, divided anew by Dirichlet(0.3) of labels:
+`fedaccord task plot digits --partition dirichlet:0.3 --sites 11` draws the first split. The last
+two sites are the hostile ones. Rules are those of an accord ([strategy] name), and updates pass
+through the coordinator's driver as float32. With --epsilon, sites train as FedAccord's do, under a
+plan of that epsilon each. "Clean" is FedAvg over the nine honest sites alone. Accuracy is of
+the last model on the task's public images.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -28,24 +27,25 @@ from flwr.app import ConfigRecord
 from flwr.clientapp import ClientApp
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from benchmarks.byzantine_attacks import ATTACKS, BOUND, Attack
-from fedaccord.accord import TrainingSection
-from fedaccord.client.passes import How
-from fedaccord.client.train import SeededSource, train_plain, train_private
-from fedaccord.models.build import build
-from fedaccord.privacy.accounting import calibrate
-from fedaccord.privacy.plan import PrivacyPlan
-from fedaccord.simulations import partition, split_plot
+from benchmarks.byzantine_sites import (
+    SITES,
+    F,
+    Federation,
+    Floats,
+    PlainSites,
+    PrivateSites,
+    federation,
+    flipped,
+    read,
+    write,
+)
 from fedaccord.simulations.engine import InProcessGrid
 from fedaccord.strategies.driver import Driver
 from fedaccord.strategies.seam import Setting, make
-from fedaccord.strategies.updates import Floats, Update, Weights, flat, shaped
-from fedaccord.tasks import Records, load_task
+from fedaccord.strategies.updates import Update, Weights, shaped
 
-F, SITES, ALPHA = 2, 11, 0.3
-DELTA = 1e-4  # as in the accord digits
 MIXED = {"num_malicious_nodes": F, "mixing": True}
 PLAIN = {"num_malicious_nodes": F, "mixing": False}
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,97 +66,6 @@ NONE, LABELS = "none", "label flip"
 COLUMNS = (NONE, *ATTACKS, LABELS)
 
 
-@dataclass(frozen=True)
-class Federation:
-    """Sites with skewed records, and how they train.
-
-    Attributes:
-        sites: each site's records; the last F are hostile.
-        test: records that nobody trains on.
-        training: of a site in a round.
-        rounds: how many.
-        sampling_prob: of a subject in a step.
-        epsilon: each site's own, at DELTA over all rounds; None without privacy.
-        seed: of the split, the first model, and what is drawn without privacy.
-    """
-
-    sites: tuple[Records, ...]
-    test: tuple[Floats, Floats]
-    training: TrainingSection
-    rounds: int
-    sampling_prob: float
-    epsilon: float | None
-    seed: int
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the sites, in order."""
-        return tuple(f"site-{place:02}" for place in range(1, len(self.sites) + 1))
-
-
-def federation(
-    seed: int, rounds: int, steps: int = 5, rate: float = 1.0, epsilon: float | None = None
-) -> Federation:
-    """Divide the records of the task digits."""
-    task = load_task("digits")
-    pool = split_plot.pooled(task, task.sites)
-    rng = np.random.default_rng(seed)
-    parts = partition.dirichlet_labels(pool.labels, SITES, ALPHA, rng, subjects=pool.subjects)
-    images, labels = task.labelled()  # type: ignore[attr-defined]
-    return Federation(
-        sites=tuple(part_of(pool, part) for part in parts),
-        test=(images, labels),
-        training=TrainingSection(steps=steps, learning_rate=rate),
-        rounds=rounds,
-        sampling_prob=0.5,
-        epsilon=epsilon,
-        seed=seed,
-    )
-
-
-def part_of(pool: Records, rows: partition.Indices) -> Records:
-    """Take some of the records."""
-    groups = {name: codes[rows] for name, codes in pool.groups.items()}
-    return Records(pool.inputs[rows], pool.labels[rows], pool.subjects[rows], groups)
-
-
-def flipped(records: Records) -> Records:
-    """Turn labels round: 0 becomes 9, 1 becomes 8, and so on."""
-    return Records(records.inputs, 9 - records.labels, records.subjects, records.groups)
-
-
-Train = Callable[[nn.Module, int, Records, int], None]
-
-
-def trainer(of: Federation) -> Train:
-    """Choose how site number `place` trains in round `number`: plainly, or under its own plan."""
-    if of.epsilon is None:
-
-        def plain(model: nn.Module, place: int, records: Records, number: int) -> None:
-            source = SeededSource(of.seed, place, number)
-            expected = of.sampling_prob * len(records)
-            train_plain(model, records, of.sampling_prob, expected, of.training, source)
-
-        return plain
-    steps = of.training.steps
-    sigma = calibrate(of.epsilon, DELTA, of.sampling_prob, of.rounds * steps)
-
-    def private(model: nn.Module, place: int, records: Records, number: int) -> None:
-        plan = PrivacyPlan(
-            site=of.names[place],
-            subjects=len(records),
-            rounds=of.rounds,
-            steps=steps,
-            sampling_prob=of.sampling_prob,
-            noise_multiplier=sigma,
-            max_grad_norm=1.0,
-            delta=DELTA,
-        )
-        train_private(model, records, plan, of.training, how=How(measured=False))
-
-    return private
-
-
 def accuracy(of: Federation, rule: str, attack: str, clean: bool = False) -> float:
     """Train once and return the last model's accuracy on the public images, in percent.
 
@@ -168,26 +77,20 @@ def accuracy(of: Federation, rule: str, attack: str, clean: bool = False) -> flo
     """
     honest = SITES - F
     names = of.names[:honest] if clean else of.names
-    sites = [
-        flipped(records) if attack == LABELS and place >= honest else records
-        for place, records in enumerate(of.sites[: len(names)])
-    ]
-    driver, train = driver_for(of, rule, names), trainer(of)
-    grid = InProcessGrid(ClientApp(), len(names), {})
+    records = list(of.sites[: len(names)])
+    if attack == LABELS:
+        records[honest:] = map(flipped, records[honest:])
+    sites = PlainSites(records, of.training) if of.epsilon is None else PrivateSites(records, of)
+    driver, grid = driver_for(of, rule, names), InProcessGrid(ClientApp(), len(names), {})
     rng = np.random.default_rng([of.seed, 0xBAD])
-    module = build("mlp", load_task("digits").spec, {"hidden": 32}, of.seed)
+    module = of.model()
     model = read(module)
     for number in range(1, of.rounds + 1):
         driver.ask(number, model, ConfigRecord(), grid)
-        rows = []
-        for place, records in enumerate(sites):
-            write(module, model)
-            train(module, place, records, number)
-            rows.append(flat(read(module)) - flat(model))
-        sent = np.stack(rows)
+        sent = sites.updates(model)
         if attack in ATTACKS:
             sent[honest:] = lies(ATTACKS[attack], sent[:honest], rng)
-        model = combined(driver, number, model, sent, names, [len(r) for r in sites])
+        model = combined(driver, number, model, sent, names, [len(site) for site in records])
     write(module, model)
     with torch.no_grad():
         said = module(torch.from_numpy(of.test[0])).argmax(1).numpy()
@@ -237,16 +140,6 @@ def combined(
     if out.model is None:
         raise SystemExit("benchmarks.byzantine: the rule made no model")
     return out.model
-
-
-def read(module: nn.Module) -> Weights:
-    """Copy a model's weights."""
-    return {name: value.detach().numpy().copy() for name, value in module.state_dict().items()}
-
-
-def write(module: nn.Module, weights: Weights) -> None:
-    """Put weights into a model."""
-    module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
 
 
 def report(made: list[Federation], rules: list[str], attacks: list[str]) -> Table:

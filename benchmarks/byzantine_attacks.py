@@ -30,9 +30,7 @@ def alie(honest: Floats, f: int, rng: np.random.Generator, z: float = 1.5) -> Fl
     return inside(_all_send(honest.mean(axis=0) - z * honest.std(axis=0), f))
 
 
-def inner_product(
-    honest: Floats, f: int, rng: np.random.Generator, factor: float = 0.5
-) -> Floats:
+def inner_product(honest: Floats, f: int, rng: np.random.Generator, factor: float = 0.5) -> Floats:
     """Send the honest mean times -factor: learning is slowed, or turned round.
 
     A factor below 1 hides near zero, where skewed honest updates are not (Xie, Koyejo and Gupta
@@ -77,7 +75,7 @@ ATTACKS: dict[str, Attack] = {
 def inside(updates: Floats) -> Floats:
     """Shorten rows that are longer than REACH."""
     lengths = np.linalg.norm(updates, axis=1, keepdims=True)
-    return updates * np.minimum(1.0, REACH / np.maximum(lengths, np.finfo(float).tiny))
+    return updates * np.minimum(1.0, REACH / np.maximum(lengths, REACH))
 
 
 def stretched(updates: Floats) -> Floats:

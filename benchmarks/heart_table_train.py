@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from benchmarks.heart_table_data import INPUTS, Floats, Hospital, Part
@@ -20,6 +21,7 @@ from fedaccord.server.admission import DrawnGrid
 from fedaccord.simulations import engine
 from fedaccord.strategies.seam import Setting, make
 from fedaccord.strategies.updates import Update, Weights, flat, shaped, to_arrays, to_weights
+from fedaccord.tasks import TaskSpec
 
 ROUNDS, STEPS, BATCH = 15, 100, 4
 EPOCHS, POOLED_RATE = 50, 0.001  # of the pooled row: Adam on the rows of all hospitals
@@ -76,7 +78,12 @@ def start(seed: int) -> Weights:
     return {name: p.detach().numpy().copy() for name, p in layer.named_parameters()}
 
 
-def batches(rows: int, rng: np.random.Generator) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+def logistic(spec: TaskSpec) -> torch.nn.Module:
+    """Build logistic regression over a task's columns."""
+    return torch.nn.Linear(len(spec.features), len(spec.classes))
+
+
+def batches(rows: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
     """Go through shuffled rows in batches for ever, the rest of an epoch as a smaller batch."""
     while True:
         order = rng.permutation(rows)
@@ -100,10 +107,12 @@ def hospitals_app(sites: Sequence[Hospital], rate: float, seed: int) -> ClientAp
         """Send what a round's steps add to the weights."""
         place = int(context.node_config["partition-id"])
         content = message.content
-        model, config = to_weights(content["arrays"]), content["config"]
-        mu, shift = float(config.get("proximal-mu", 0.0)), np.zeros(len(INPUTS) + 1)
-        if "correction" in content:
-            sent = to_weights(content["correction"])
+        model = to_weights(content.array_records["arrays"])
+        mu = content.config_records["config"].get("proximal-mu", 0.0)
+        assert isinstance(mu, int | float)
+        shift = np.zeros(len(INPUTS) + 1)
+        if "correction" in content.array_records:
+            sent = to_weights(content.array_records["correction"])
             shift = flat({name: sent[name] for name in model})
         inputs, labels = with_one(sites[place].train), sites[place].train.labels
         begin = flat(model)
@@ -152,9 +161,7 @@ def change(reply: Message) -> Weights:
     """Read the update out of a hospital's reply."""
     if reply.has_error():
         raise SystemExit(f"benchmarks.heart_table: a hospital failed: {reply.error.reason}")
-    arrays = reply.content["arrays"]
-    assert isinstance(arrays, ArrayRecord)
-    return to_weights(arrays)
+    return to_weights(reply.content.array_records["arrays"])
 
 
 def pooled(parts: Sequence[Part], sites: Sequence[Hospital], seed: int) -> list[float]:
@@ -192,6 +199,6 @@ def accuracy(model: Weights, part: Part) -> float:
     return float(((with_one(part) @ flat(model) > 0) == (part.labels == 1)).mean())
 
 
-def majority(train: Floats, test: Floats) -> float:
+def majority(train: npt.NDArray[Any], test: npt.NDArray[Any]) -> float:
     """Accuracy of answering everybody with the more frequent label of the training patients."""
     return float((test == round(float(train.mean()))).mean())

@@ -76,14 +76,15 @@ def pull_of(content: RecordDict, model: nn.Module, training: TrainingSection) ->
         AccordError: a term that would let the weights run away, or a correction of other names,
             shapes or sizes than the model's weights.
     """
-    mu = content.config_records["config"].get("proximal-mu", 0.0)
-    if type(mu) not in (int, float) or not 0 <= float(mu) * training.learning_rate <= 1:
+    said = content.config_records["config"].get("proximal-mu", 0.0)
+    mu = float(said) if isinstance(said, int | float) else -1.0
+    if not 0 <= mu * training.learning_rate <= 1:
         raise AccordError(
-            f"strategy: proximal-mu = {str(mu)[:20]} must be from 0 to 1 / training.learning_rate, "
-            f"which is {1 / training.learning_rate:g}. Lower it."
+            f"strategy: proximal-mu = {str(said)[:20]} must be from 0 to 1 / "
+            f"training.learning_rate, which is {1 / training.learning_rate:g}. Lower it."
         )
     if "correction" not in content.array_records:
-        return Pull(float(mu), {})
+        return Pull(mu, {})
     sent = content.array_records["correction"].to_torch_state_dict()
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
     room = FARTHEST / (training.learning_rate * training.steps)
@@ -95,4 +96,4 @@ def pull_of(content: RecordDict, model: nn.Module, training: TrainingSection) ->
                 f"{room:g}, from where a round could move a weight by {FARTHEST:g}. Lower "
                 "training.learning_rate or choose another strategy."
             )
-    return Pull(float(mu), sent)
+    return Pull(mu, sent)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from fedaccord.accord import Accord
     from fedaccord.tasks import Records, SiteData, Task
 
-app = typer.Typer(no_args_is_help=True, help="Where records come from: check them, see their split.")
+app = typer.Typer(
+    no_args_is_help=True, help="Where records come from: check them, see their split."
+)
 
 MOST_LINES = 50  # of records at fault that are printed, unless --all
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fedaccord.faults import toml
+
 if TYPE_CHECKING:
     from fedaccord.accord import Accord
 
@@ -46,6 +48,11 @@ def fault(accord: Accord) -> str:
         return (
             f'strategy.name = "{accord.strategy.name}" does not go with privacy.unit = "client": '
             'only a mean has a sensitivity that noise can cover. Set it to "fedavg".'
+        )
+    if privacy.enabled and accord.model.local:
+        return (
+            f'model.local = {toml(accord.model.local)} does not go with privacy.unit = "client": '
+            "layers that stay are trained without noise there. Remove it or change the unit."
         )
     if privacy.enabled and privacy.clipping_norm is None:
         return (

@@ -8,12 +8,14 @@ from typing import Any
 
 from fedaccord.accord import Accord
 from fedaccord.privacy.plan import plan_for
+from fedaccord.reports.attendance import absent, check_attendance
 from fedaccord.reports.checks import Check
 from fedaccord.reports.mechanism import check_mechanisms, equal_weights
 from fedaccord.reports.recompute import check_epsilon
 from fedaccord.runs import Record
 
-ORDER = {"start": 0, "plan": 1, "out": 1, "round": 2, "decision": 2, "end": 3}
+# Plans of late sites, returns and resumptions stand among the rounds; a decision ends a round.
+KINDS = ("start", "plan", "out", "back", "resume", "round", "decision", "end")
 
 
 def check_order(check: Check, records: list[Record], roster: Iterable[str], closed: bool) -> None:
@@ -29,8 +31,12 @@ def check_order(check: Check, records: list[Record], roster: Iterable[str], clos
     for name in sorted({name for name in ids if ids.count(name) > 1}):
         check.holds(False, f"rounds.jsonl: {name} stands there more than once")
     check.holds(ids[:1] == ["start"], "rounds.jsonl: the first record is not start")
-    places = [ORDER.get(record["kind"], -1) for record in records]
-    check.holds(places == sorted(places), "rounds.jsonl: the records are out of order")
+    kinds = [record["kind"] for record in records]
+    ordered = "end" not in kinds[:-1] and "start" not in kinds[1:]
+    played = [kind for kind in kinds if kind in ("out", "round")]
+    ordered &= "out" not in played[played.index("round") :] if "round" in played else True
+    ordered &= set(kinds) <= set(KINDS)
+    check.holds(ordered, "rounds.jsonl: the records are out of order")
     end = next((record for record in records if record["kind"] == "end"), None)
     check.holds(end is not None or not closed, "rounds.jsonl: the run was closed, but has no end")
     known = {str(record["site"]) for record in records if record["kind"] in ("plan", "out")}
@@ -92,10 +98,16 @@ def _check_played(check: Check, played: list[Record], going_on: bool) -> None:
 
 def check_rounds(check: Check, records: list[Record], accord: Accord) -> None:
     """Check what one round's record says against the accord and the rounds before it."""
-    plans = {r["site"]: r["entry"] for r in records if r["kind"] == "plan"}
+    plans: dict[str, Record] = {}
     start = records[0]
-    used, model, finished = dict.fromkeys(plans, 0), start["model"]["weights"], 0
-    for record in (r for r in records if r["kind"] == "round"):
+    used: dict[str, int] = {}
+    model, finished = start["model"]["weights"], 0
+    for record in records:
+        if record["kind"] == "plan":
+            plans[record["site"]] = record["entry"]
+            used[record["site"]] = 0
+        if record["kind"] != "round":
+            continue
         where = f"rounds.jsonl: {record['id']}: "
         for site in record["invited"]:
             if check.holds(site in plans, f"{where}invited {site}, which has no plan"):
@@ -121,6 +133,7 @@ def check_rounds(check: Check, records: list[Record], accord: Accord) -> None:
         check.equal("rounds.jsonl: end: model", end["model"], model, "the last round has")
         last = [r["student"] for r in records if r["kind"] == "round"][-1:]
         check.equal("rounds.jsonl: end: student", [end["student"]], last, "the last round has")
+    check_attendance(check, records, accord)
     check_mechanisms(check, records, accord)
     for record in (r for r in records if r["kind"] == "decision"):
         _check_decision(check, record, records, accord)
@@ -172,5 +185,6 @@ def _check_decision(check: Check, record: Record, records: list[Record], accord:
     if must:
         check.equal(where, record["stop"], True, "the rules of the accord give")
     elif record["stop"]:
-        budget = record["reason"].startswith("budget")
-        check.holds(budget, f"{where} says true, the rules of the accord give no reason to stop")
+        upto = records[: records.index(record)]
+        allowed = record["reason"].startswith("budget") or absent(upto, accord)
+        check.holds(allowed, f"{where} says true, the rules of the accord give no reason to stop")

@@ -51,12 +51,11 @@ def main(grid: Grid, context: Context) -> None:
     devices.settle(parameter_count(model))
     mail, past, run = Mail(grid), None, str(context.run_config.get("run", ""))
     if context.run_config.get("resume", False):
-        past, cut = resume.reopen(Path(run), accord)
+        past = resume.reopen(Path(run), accord)
         folder = past.folder
         if past.of_kind("end"):  # all but the seal was done
             folder.seal()
             return
-        folder.append(past.resumed(cut))
     else:
         folder = open_folder(run, where, accord)
         about = {"run": folder.id, "engine": type(grid).__name__}
@@ -96,7 +95,8 @@ def seated(
             folder.seal()
         raise BudgetError(words)
     if past is not None:
-        past.seat(places)
+        places = past.seat(places, accord.rounds.max_misses)
+        folder.append(past.resumed(places))
     plans = {place.site: plan_for(accord, place.site) for place in places}
     for place in places:
         if f"plan/{place.site}" not in known:
@@ -107,7 +107,7 @@ def seated(
         accord=accord,
         task=task,
         mail=mail,
-        driver=driver_of(accord, plans[places[0].site]),
+        driver=driver_of(accord, next(iter(plans.values()))),
         folder=folder,
         places=places,
         plans=plans,
@@ -186,9 +186,8 @@ def finish(coordinator: Coordinator, reason: str) -> None:
         folder.write("student.safetensors", checkpoint.weights_bytes(weights))
         blank = torch.from_numpy(coordinator.task.spec.blank(2))
         folder.write("student.onnx", distillation.to_onnx(student, blank))
-    ledgers = admission.collect_ledgers(
-        coordinator.mail, coordinator.places, coordinator.accord, folder.id
-    )
+    here = [place for place in coordinator.places if not coordinator.door.away(place)]
+    ledgers = admission.collect_ledgers(coordinator.mail, here, coordinator.accord, folder.id)
     for site, text in ledgers.items():
         folder.write(f"ledgers/{site}.jsonl", text)
     folder.append(

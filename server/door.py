@@ -11,6 +11,7 @@ from fedaccord.server.heads import Heads
 from fedaccord.server.mail import Mail
 
 JOIN, RESERVE = "an invitation to join", "a request to reserve"
+KNOCKS = 3  # questions to a node whose answers are listened for
 
 
 class Door:
@@ -56,22 +57,28 @@ class Door:
 
     def _joins(self, node: int, said: dict[str, Any]) -> Place | None:
         site = told(said.get("site", ""))
+        if node in self._coming or any(p.node == node and not self.away(p) for p in self._places):
+            return None  # an answer to a question that had been asked again
         reason = said.get("refused") or self._heads.hear(site, said)
         if reason or site not in self._accord.roster or site in self._coming.values():
-            self._closed |= set() if site in self._coming.values() else {node}
+            self._closed.add(node)
             return None
         place = next((place for place in self._places if place.site == site), None)
         if place is None:
             self._coming[node] = site
-            content = question(self._accord, self._run)
-            content.config_records["config"]["heads"] = self._heads.show(0)
-            self._mail.whisper([node], "query.reserve", content, RESERVE)
+            self._ask_to_reserve(node)
             return None
         if not self.away(place):
             self._closed.add(node)  # the site is here already, and answers from another node
             return None
         place.node, place.misses = node, 0
         return place
+
+    def _ask_to_reserve(self, node: int) -> None:
+        content = question(self._accord, self._run)
+        content.config_records["config"]["heads"] = self._heads.show(0)
+        self._mail.whisper([node], "query.reserve", content, RESERVE)
+        self._mail.forget(node, RESERVE, KNOCKS)
 
     def _reserves(self, node: int, site: str, said: dict[str, Any]) -> Place | None:
         entry, reason = reservation(said, self._accord, site, self._run)
@@ -84,14 +91,17 @@ class Door:
         return place
 
     def knock(self) -> None:
-        """Ask every node that is not at the table whether it would join; wait for nobody."""
+        """Ask every node that is not at the table whether it would join; wait for nobody.
+
+        A question may be lost with the process that it reached, so it is asked again every round;
+        the answers to the last few are listened for.
+        """
         here = {place.node for place in self._places if not self.away(place)}
-        asked = self._mail.waiting(JOIN) | set(self._coming)
-        nodes = [
-            node
-            for node in self._mail.grid.get_node_ids()
-            if node not in here and node not in asked and node not in self._closed
-        ]
+        out = here | set(self._coming) | self._closed
+        nodes = [node for node in self._mail.grid.get_node_ids() if node not in out]
         if nodes:
-            content = question(self._accord, self._run)
-            self._mail.whisper(nodes, "query.join", content, JOIN)
+            self._mail.whisper(nodes, "query.join", question(self._accord, self._run), JOIN)
+        for node in nodes:
+            self._mail.forget(node, JOIN, KNOCKS)
+        for node in self._coming:  # a reservation that is there is returned again
+            self._ask_to_reserve(node)

@@ -46,8 +46,10 @@ class Mail:
     | never | nowhere; the site counts as silent |
     """
 
-    def __init__(self, grid: Grid, clock: Clock | None = None) -> None:
-        self.grid, self.clock = grid, clock or RealClock()
+    def __init__(self, grid: Grid) -> None:
+        """Take a grid; one that has a `clock` of its own says what time it is."""
+        self.grid = grid
+        self.clock: Clock = getattr(grid, "clock", None) or RealClock()
         self._missing: dict[str, tuple[int, str]] = {}  # message -> node, what it was about
 
     def exchange(
@@ -100,9 +102,11 @@ class Mail:
                 found.append((node, about, reply))
         return found
 
-    def waiting(self, about: str) -> set[int]:
-        """Name the nodes that have not answered a question that was sent without waiting."""
-        return {node for node, words in self._missing.values() if words == about}
+    def forget(self, node: int, about: str, most: int) -> None:
+        """Stop looking for the oldest answers of a node, if more than some are missing."""
+        found = [mark for mark, what in self._missing.items() if what == (node, about)]
+        for mark in found[: max(0, len(found) - most)]:
+            del self._missing[mark]
 
     def ask(
         self, nodes: Iterable[int], kind: str, content: RecordDict, timeout: float

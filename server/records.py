@@ -106,13 +106,14 @@ def back(site: str, number: int) -> dict[str, Any]:
     }
 
 
-def resumed(number: int, round_: int, cut: int) -> dict[str, Any]:
+def resumed(number: int, round_: int, cut: int, absent: list[str]) -> dict[str, Any]:
     """Say that the run goes on in another process, and after which round.
 
     Args:
         number: how often this run has been resumed, with this time.
         round_: the last round that had finished.
         cut: bytes of an unfinished last line that were removed.
+        absent: sites that had reserved and did not answer now; they are away until they do.
     """
     return {
         "id": f"resume-{number}",
@@ -122,6 +123,7 @@ def resumed(number: int, round_: int, cut: int) -> dict[str, Any]:
         "build": build_hash(),
         "packages": {name: version(name) for name in PACKAGES},
         "cut": cut,
+        "absent": absent,
     }
 
 

@@ -18,6 +18,8 @@ from fedaccord.server.admission import Place
 from fedaccord.server.checkpoint import Checkpoint
 from fedaccord.server.rounds import Coordinator
 
+NOWHERE = 0  # no node has this id
+
 
 @dataclass(frozen=True)
 class Past:
@@ -27,11 +29,13 @@ class Past:
         folder: of the run, open for more.
         records: as they stand.
         state: of the last finished round; None: none had finished.
+        cut: bytes of an unfinished last line that were removed.
     """
 
     folder: RunFolder
     records: list[Record]
     state: Checkpoint | None
+    cut: int
 
     def of_kind(self, kind: str) -> list[Record]:
         """List the records of a kind."""
@@ -69,18 +73,31 @@ class Past:
         rounds, decisions = self.of_kind("round"), self.of_kind("decision")
         return rounds[-1] if len(rounds) > len(decisions) else None
 
-    def misses(self) -> dict[str, int]:
-        """Count for each site the rounds in a row, up to now, that it did not answer."""
+    def misses(self, away: int) -> dict[str, int]:
+        """Count for each site the rounds in a row, up to now, that it did not answer.
+
+        Args:
+            away: what counts for a site that did not answer when the run was resumed.
+        """
         out: Counter[str] = Counter()
         for record in self.records:
             if record["kind"] == "back":
                 out[record["site"]] = 0
+            for site in record.get("absent", ()):
+                out[site] = away
             for site, said in record.get("replies", {}).items():
                 out[site] = out[site] + 1 if said["reason"] == "no answer" else 0
         return dict(out)
 
-    def seat(self, places: list[Place]) -> None:
+    def seat(self, places: list[Place], away: int) -> list[Place]:
         """Give each place the slots and misses that the records say.
+
+        Args:
+            places: of the sites that answered, in order of site.
+            away: misses after which a site is away, as one that does not answer now is.
+
+        Returns:
+            The places of all sites that have a plan on record or answered, in order of site.
 
         Raises:
             BudgetError: a site whose reservation is not the one of this run: its ledger was
@@ -88,7 +105,7 @@ class Past:
         """
         reserved = {record["site"]: record["entry"] for record in self.of_kind("plan")}
         asked = Counter(site for record in self.of_kind("round") for site in record["invited"])
-        misses = self.misses()
+        misses = self.misses(away)
         for place in places:
             before = reserved.get(place.site)
             if before is not None and before != place.entry:
@@ -98,21 +115,26 @@ class Past:
                 )
             place.slots -= asked[place.site]
             place.misses = misses.get(place.site, 0)
+        here = {place.site for place in places}
+        gone = [
+            Place(site, NOWHERE, int(entry["rounds"]) - asked[site], entry, away)
+            for site, entry in reserved.items()
+            if site not in here
+        ]
+        return sorted([*places, *gone], key=lambda place: place.site)
 
-    def resumed(self, cut: int) -> dict[str, Any]:
-        """Write the record of this resumption."""
-        return records.resumed(len(self.of_kind("resume")) + 1, self.number, cut)
+    def resumed(self, places: list[Place]) -> dict[str, Any]:
+        """Write the record of this resumption, from the places that were seated."""
+        absent = [place.site for place in places if place.node == NOWHERE]
+        return records.resumed(len(self.of_kind("resume")) + 1, self.number, self.cut, absent)
 
 
-def reopen(path: Path, accord: Accord) -> tuple[Past, int]:
+def reopen(path: Path, accord: Accord) -> Past:
     """Read what a run left, and finish the record that was being written.
 
     A round's record goes into the checkpoint before it goes into the run's records. So whatever the
     moment, a round whose checkpoint is on the disk is on record or is put there now; of a round
     without one nothing is left but what the sites have in their ledgers, and it is run again.
-
-    Returns:
-        The past, and how many bytes of an unfinished line were cut off.
 
     Raises:
         EvidenceError: no run there, one that has ended or was altered, of another accord, or whose
@@ -128,7 +150,7 @@ def reopen(path: Path, accord: Accord) -> tuple[Past, int]:
         )
     last = max((row["round"] for row in rows if row["kind"] == "round"), default=0)
     if not last and not (path / checkpoint.LATEST).exists():
-        return Past(folder, rows, None), cut
+        return Past(folder, rows, None, cut)
     state = checkpoint.load(path)
     if state.number == last + 1:
         folder.append(state.record)
@@ -138,7 +160,7 @@ def reopen(path: Path, accord: Accord) -> tuple[Past, int]:
             f"run {path}: its checkpoint is of round {state.number} and its records end at round "
             f"{last}. Restore {checkpoint.LATEST}, or start a new run."
         )
-    return Past(folder, rows, state), cut
+    return Past(folder, rows, state, cut)
 
 
 def _bare(rows: list[Record], number: int) -> Record:

@@ -140,7 +140,9 @@ class Coordinator:
         bound = None if self.client_level else self.accord.strategy.max_update_norm
         weights, self.verdicts, self.lesson = self.weights(), [], self._lesson(len(drawn))
         encoding = self.accord.strategy.encoding
-        found = gates.gate(replies, sites, self.folder.id, self.number, self.model, bound, encoding)
+        found = gates.gate(
+            replies, sites, self.folder.id, self.number, self.model, bound, encoding, self.wants
+        )
         for verdict, reply in found:
             fault = "" if verdict.reason else self.heads.hear(verdict.site, words(reply))
             if fault:  # the site shows a ledger that went back

@@ -21,6 +21,39 @@ from fedaccord.privacy import accounting
 from fedaccord.runs import RunFolder
 from fedaccord.simulations import engine
 
+FEW = 12  # sites whose answers are named one by one; of more they are counted
+WORDS = {"train": "trained", "evaluate": "counted", "query.reserve": "reserved"}
+
+
+class Answers:
+    """Who has answered the question under way: a line that is no longer for 10,000 sites."""
+
+    def __init__(self) -> None:
+        self._kind, self._count, self._began = "", 0, time.monotonic()
+        self._last: list[str] = []
+
+    def note(self, kind: str, site: str) -> None:
+        """Note an answer to a message of a kind; another kind than before is another question."""
+        if kind != self._kind:
+            self.ask(kind)
+        self._count += 1
+        self._last = [*self._last, f"{site} {WORDS[kind]}"][-FEW:]
+
+    def ask(self, kind: str) -> None:
+        """Start to count anew."""
+        self._kind, self._count, self._began = kind, 0, time.monotonic()
+
+    def line(self, sites: int) -> str:
+        """Name the answers of the last few questions, or count those of this one.
+
+        Args:
+            sites: how many there are in the run.
+        """
+        if sites <= FEW or not self._count:
+            return ", ".join(self._last[-sites:])
+        pace = self._count / max(time.monotonic() - self._began, 1e-3)
+        return f"{self._count:,} sites {WORDS[self._kind]}, {pace:,.0f} a second"
+
 
 class Progress:
     """A live table of finished rounds, read from the run's records, and of the round under way."""
@@ -29,7 +62,8 @@ class Progress:
         self.accord, self.folder = accord, folder
         self.tell: Callable[[str], None] = lambda _: None
         self.began = time.monotonic()
-        self.answered: list[str] = []
+        self.answers = Answers()
+        self._read = -1  # bytes of the records at the last look
         self.rounds: list[dict[str, Any]] = []
 
     def on_reply(self, reply: Message) -> None:
@@ -39,17 +73,17 @@ class Progress:
             self.catch_up()
         config: dict[str, Any] = {}
         if reply.has_content():
-            config |= reply.content.config_records.get("config", {})
-        word = {"train": "trained", "evaluate": "counted", "query.reserve": "reserved"}.get(kind)
-        if word:
-            self.answered.append(f"{config.get('site', '?')} {word}")
-            self.answered = self.answered[-len(self.accord.roster) :]
+            config |= dict(reply.content.get("config", {}))  # `config_records` would keep it alive
+        if kind in WORDS:
+            self.answers.note(kind, str(config.get("site", "?")))
 
     def catch_up(self) -> None:
         """Read the records that were appended since the last look."""
         path = self.folder.path / "rounds.jsonl"
-        if not path.exists():
+        size = path.stat().st_size if path.exists() else -1
+        if size == self._read:  # asked at every reply, and one line can name thousands of sites
             return
+        self._read = size
         rounds = [record for record in self.folder.records() if record["kind"] == "round"]
         for record in rounds[len(self.rounds) :]:
             number, sites, *figures = row(record, self.accord.fairness.attributes[0])
@@ -91,7 +125,8 @@ class Progress:
         done, planned = len(self.rounds), self.accord.rounds.rounds
         spent = time.monotonic() - self.began
         left = f"{spent / done * max(0, planned - done):.0f} s left" if done else "planning privacy"
-        line = f"round {min(done + 1, planned)} of {planned}, {left}   {', '.join(self.answered)}"
+        answers = self.answers.line(len(self.accord.roster))
+        line = f"round {min(done + 1, planned)} of {planned}, {left}   {answers}"
         return Group(self.table(), Text(line, style="dim"))
 
 

@@ -267,8 +267,8 @@ def _sizes(axes: Axes, split: Split) -> None:
     axes.locator_params(axis="x", nbins=4, integer=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     parted = split.held is not None
-    words = ["training", "held out"] if parted else []
-    _legend(axes, "records", words, [TRAIN, HELD][: len(words)], 2)
+    words, colours = (["training", "held out"], [TRAIN, HELD]) if parted else ([" "], ["white"])
+    _legend(axes, "records", words, colours, 2)
 
 
 def _shares(
@@ -316,7 +316,9 @@ def _fits(words: str, wide: float) -> bool:
 def _ink(colour: str) -> str:
     """Choose black or white for words on a colour, whichever stands out more (WCAG 2.2)."""
     red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)
+    ]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
 

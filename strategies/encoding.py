@@ -33,9 +33,9 @@ _MAGIC = b"\x93NUMPY\x01\x00"  # of the .npy format, version 1.0, which is what 
 def encode(change: Weights, encoding: Encoding) -> Weights:
     """Write an update as the arrays that travel, by "record/name".
 
-    A coded tensor has one scale s, its largest magnitude (rounded up to a float32); each value x
-    becomes x / s as a float16, or 127 x / s as a whole number, ties to even. So what is decoded
-    differs from x by at most
+    A coded tensor has one scale s, its largest magnitude as a float32. Each value x becomes x / s
+    as a float16, or 127 x / s as a whole number, ties to even; what is decoded differs from x by
+    at most
 
     | encoding | bytes a value | difference |
     |---|---|---|
@@ -247,14 +247,12 @@ def _coded_names(like: Weights, encoding: Encoding) -> list[str]:
 
 
 def _scale(value: npt.NDArray[Any]) -> np.float32:
-    """Return a tensor's largest magnitude, rounded up; 0 for none, NaN for one without bound."""
+    """Return a tensor's largest magnitude; 0 for one below the floor, NaN for one without bound."""
     largest = float(np.abs(value).max(initial=0))
     if largest < FLOOR:
         return np.float32(0)
     with np.errstate(over="ignore"):
         scale = np.float32(largest)
-        if scale < largest:
-            scale = np.nextafter(scale, np.float32(np.inf))
     return scale if np.isfinite(scale) else np.float32(np.nan)
 
 
@@ -275,9 +273,11 @@ def _unscaled(wire: Weights, like: Weights, encoding: Encoding) -> str:
         if 0 < scale < FLOOR:
             return f"the scale {scale:g} of {name} is below {FLOOR:g}"
         value = wire[f"{ARRAYS}/{name}"]
+        if encoding == "float16":
+            value = value.astype(np.float32)  # numpy is slow at float16
         largest = max(float(value.max(initial=0)), -float(value.min(initial=0)))
         full = FULL[encoding] if scale else 0
-        if np.isfinite(scale) and np.isfinite(value).all() and largest != full:
+        if np.isfinite(scale) and math.isfinite(largest) and largest != full:
             return f"the largest magnitude of {name} is {largest:g}, not {full}, the full scale"
     return ""
 

@@ -108,7 +108,7 @@ def make(name: str, options: Mapping[str, Any], setting: Setting) -> Driver:
             f'strategy "{name}" is a {type(found).__name__}, not a Flower Strategy '
             "(flwr.serverapp.strategy.Strategy). Name a class of those."
         )
-    takes = getattr(found, "takes", "weights")
+    takes: Any = getattr(found, "takes", "weights")
     if takes not in get_args(Takes):
         raise AccordError(
             f'strategy "{name}" says takes = {takes!r} of itself. Have it say one of '

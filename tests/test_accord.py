@@ -97,12 +97,16 @@ OTHERS = {
     "training.augmentation": "noise",
     "model.sha256": "1" * 64,
     "model.frozen": ["2."],
+    "model.local": ["2."],
+    "strategy.name": "fedmedian",
+    "strategy.encoding": "int8",
+    "strategy.options": {"a": 1},
     "fairness.attributes": ["sex", "age"],
     "task.options": {"a": 1},
     **{f"sites.{n}.subjects": 50 for n in range(4)},  # above its records is refused
 }
 # With one known name or value there is no second one to change to.
-ONLY = {"task.name", "strategy.name", "privacy.neighboring_relation", "privacy.noise_multiplier"}
+ONLY = {"task.name", "privacy.neighboring_relation", "privacy.noise_multiplier"}
 # These go with one another only.
 CLIENT = {"unit": "client", "clipping_norm": 1.0, "target_quantile": 0.5, "count_noise": 10.0}
 

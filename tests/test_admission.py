@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import Grid
 
 from fedaccord import accord as accords
@@ -22,6 +22,7 @@ from fedaccord.runs import RunFolder
 from fedaccord.server import admission, checkpoint, gates
 from fedaccord.server.app import initial
 from fedaccord.server.heads import Heads
+from fedaccord.server.mail import Mail
 from fedaccord.simulations import engine, heart
 from fedaccord.tasks import load_task
 
@@ -234,19 +235,28 @@ def grid(folder: Path, **how: Any) -> tuple[engine.InProcessGrid, Accord]:
 
 def test_two_nodes_that_say_they_are_one_site_are_both_left_out(tmp_path: Path) -> None:
     both, accord = grid(tmp_path, private=False)
-    both._contexts[engine.FIRST_NODE + 3].node_config["site"] = "hungary"
-    places, out = admission.admit(both, accord, "run", Heads(SITES))
+    context = both._context
+
+    def twice(node: int) -> Context:
+        made = context(node)
+        if node == engine.FIRST_NODE + 3:
+            made.node_config["site"] = "hungary"
+        return made
+
+    both._context = twice  # type: ignore[method-assign]
+    places, out, closed = admission.admit(Mail(both), accord, "run", Heads(SITES))
     assert [place.site for place in places] == ["cleveland", "switzerland"]
     assert out == {
         "hungary": "more than one node says that it is this site; stop the others",
         "va": "no answer",
     }
+    assert closed == {engine.FIRST_NODE + 1, engine.FIRST_NODE + 3}  # not asked again
 
 
 def test_a_site_that_holds_another_accord_stays_out(tmp_path: Path) -> None:
     carrier, accord = grid(tmp_path, private=False)
     other = accords.load(accord_file(tmp_path / "other", private=False, steps=5))
-    places, out = admission.admit(carrier, other, "run", Heads(SITES))
+    places, out, _ = admission.admit(Mail(carrier), other, "run", Heads(SITES))
     assert places == []
     assert out["va"].startswith(f"site va holds another accord: its digest is {accord.digest[:12]}")
 
@@ -254,7 +264,7 @@ def test_a_site_that_holds_another_accord_stays_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("run", ["../escape", "/tmp/escape", "a/b", "", "..\\escape", "x" * 200])
 def test_a_site_refuses_a_run_whose_name_leads_out_of_its_folder(run: str, tmp_path: Path) -> None:
     carrier, accord = grid(tmp_path)
-    places, out = admission.admit(carrier, accord, run, Heads(SITES))
+    places, out, _ = admission.admit(Mail(carrier), accord, run, Heads(SITES))
     assert places == []
     assert {reason.split("'")[-1] for reason in out.values()} == {
         " is no name of a folder. Give the run another name."
@@ -265,7 +275,7 @@ def test_a_site_refuses_a_run_whose_name_leads_out_of_its_folder(run: str, tmp_p
 def reserved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Accord, Record]:
     """An accord, and what site va's ledger says that it reserved for it."""
     carrier, accord = grid(tmp_path_factory.mktemp("reserved"))
-    places, _ = admission.admit(carrier, accord, "run", Heads(SITES))
+    places, _, _ = admission.admit(Mail(carrier), accord, "run", Heads(SITES))
     return accord, places[3].entry
 
 
@@ -311,9 +321,9 @@ def test_a_reservation_that_cannot_be_read_is_refused(
 def test_an_exception_in_a_handler_travels_as_one_fixed_line(tmp_path: Path) -> None:
     carrier, accord = grid(tmp_path)
     config = ConfigRecord({"run": "run", "accord": accord.digest})  # no round: the handler raises
-    admission.admit(carrier, accord, "run", Heads(SITES))
-    answers = admission.ask(
-        carrier, carrier.get_node_ids(), "evaluate", RecordDict({"config": config}), 60.0
+    admission.admit(Mail(carrier), accord, "run", Heads(SITES))
+    answers = Mail(carrier).ask(
+        carrier.get_node_ids(), "evaluate", RecordDict({"config": config}), 60.0
     )
     assert {answer.error.reason for answer in answers.values()} == {
         "internal error; see private.log in the site's folder"
@@ -329,7 +339,7 @@ def test_a_site_releases_nothing_for_a_run_that_it_has_not_reserved(
     asked = {"run": "run", "accord": accord.digest, "server-round": 1}
     content = RecordDict({"config": ConfigRecord(asked)})
     content["arrays" if kind == "train" else "model"] = gates.to_arrays(weights)
-    answers = admission.ask(carrier, carrier.get_node_ids(), kind, content, 60.0)
+    answers = Mail(carrier).ask(carrier.get_node_ids(), kind, content, 60.0)
     assert len(answers) == 4
     for answer in answers.values():
         assert list(answer.content) == ["config"]
@@ -339,6 +349,6 @@ def test_a_site_releases_nothing_for_a_run_that_it_has_not_reserved(
 
 def test_the_drawn_grid_shows_only_the_drawn_sites(tmp_path: Path) -> None:
     carrier, _ = grid(tmp_path)
-    view: Grid = admission.DrawnGrid(carrier, [1002, 1000])
+    view: Grid = admission.DrawnGrid(carrier, {1002: "switzerland", 1000: "cleveland"})
     assert list(view.get_node_ids()) == [1002, 1000]
     assert view.run.run_id == carrier.run.run_id

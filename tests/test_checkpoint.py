@@ -9,6 +9,7 @@ import pytest
 
 from fedaccord.errors import EvidenceError
 from fedaccord.server import checkpoint
+from fedaccord.server.checkpoint import Checkpoint
 
 WEIGHTS = {
     "b": np.float32([[1.5, -0.0], [2, 3]]),
@@ -18,11 +19,22 @@ WEIGHTS = {
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
-    for student in (None, {"w": np.float64([np.pi])}):
-        checkpoint.save(tmp_path, 7, WEIGHTS, student)
-        number, model, again = checkpoint.load(tmp_path)
-        assert number == 7
-        for there, here in ((model, WEIGHTS), (again, student or {})):
+    head = {"site": "va", "key": "k", "seq": 3, "hash": "h", "signature": "s"}
+    for student in ({}, {"w": np.float64([np.pi])}):
+        saved = Checkpoint(
+            7,
+            model=WEIGHTS,
+            averaged={"a": np.array(1.5)},
+            student=student,
+            strategy={"m_t/a.b": np.float64([1e-300])},
+            heads=[head],
+            record={"id": "round-7", "reason": "caf\u00e9"},
+        )
+        checkpoint.save(tmp_path, saved)
+        again = checkpoint.load(tmp_path)
+        assert (again.number, again.heads, again.record) == (7, [head], saved.record)
+        for part in checkpoint.PARTS:
+            there, here = getattr(again, part), getattr(saved, part)
             assert there.keys() == here.keys()
             for name in here:
                 assert there[name].tobytes() == here[name].tobytes()
@@ -41,7 +53,7 @@ def test_equal_weights_have_one_digest_whatever_their_order_and_layout() -> None
 
 @pytest.mark.parametrize("spoil", ["absent", "empty", "garbage", "cut off", "no round"])
 def test_a_checkpoint_that_cannot_be_read_is_refused_in_words(spoil: str, tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 1, WEIGHTS, None)
+    checkpoint.save(tmp_path, Checkpoint(1, WEIGHTS))
     path = tmp_path / checkpoint.LATEST
     data = path.read_bytes()
     bare = checkpoint.weights_bytes(WEIGHTS)

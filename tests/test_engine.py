@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import random
 import time
+import tracemalloc
+import weakref
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -250,6 +253,71 @@ def test_a_node_keeps_its_own_state_and_knows_its_place() -> None:
         {"n": 1, "place": 0, "of": 3, "word": "x"},
         {"n": 2, "place": 2, "of": 3, "word": "x"},
     ]
+
+
+def test_a_message_at_which_the_app_raises_leaves_the_nodes_state_as_it_was() -> None:
+    """As in Flower's runtime, which takes over a Context when its app has answered."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        state = context.state
+        if "seen" not in state:
+            state["seen"] = ConfigRecord({"rounds": []})
+        state["seen"]["rounds"].append(int(message.metadata.group_id))
+        if message.metadata.group_id == "2":
+            state["torn"] = ConfigRecord()
+            raise ValueError("half way")
+        return Message(RecordDict({"seen": state["seen"]}), reply_to=message)
+
+    grid = InProcessGrid(app, 1, {})
+    asked = [Message(RecordDict(), FIRST_NODE, "train", group_id=str(n)) for n in (1, 2, 3)]
+    first, second, third = grid.send_and_receive(asked)
+    assert first.content["seen"]["rounds"] == [1]
+    assert second.has_error()
+    assert third.content["seen"]["rounds"] == [1, 3]
+
+
+def test_nodes_that_keep_nothing_need_no_memory() -> None:
+    tracemalloc.start()
+    grid = InProcessGrid(echo(), 1_000_000, {"word": "x"})
+    for place in range(200):
+        asked = Message(RecordDict(), FIRST_NODE + 4_999 * place, "train")
+        (reply,) = grid.send_and_receive([asked])
+        assert reply.has_content()
+    del reply, asked
+    gc.collect()
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 100_000
+
+
+def test_a_pulled_message_and_its_reply_are_held_by_nobody_else() -> None:
+    grid = InProcessGrid(echo(), 2, {})
+    first, second = shared(), shared()
+    held = [weakref.ref(first), weakref.ref(second)]
+    marks = grid.push_messages(
+        [Message(first, FIRST_NODE, "train"), Message(second, FIRST_NODE + 1, "train")]
+    )
+    del first, second
+    gc.disable()  # memory must not wait for the collector
+    try:
+        (reply,) = grid.pull_messages([marks[0]])
+        held.append(weakref.ref(reply.content))
+        assert [there() is not None for there in held] == [False, True, True]
+        del reply
+        assert held[2]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_message_that_nobody_pulls_is_dropped_after_its_time_to_live() -> None:
+    grid = InProcessGrid(echo(), 1, {})
+    lives = [Message(RecordDict(), FIRST_NODE, "train", ttl=ttl) for ttl in (0.01, 60.0)]
+    marks = list(grid.push_messages(lives))
+    time.sleep(0.02)
+    grid.push_messages([])
+    assert [len(list(grid.pull_messages([mark]))) for mark in marks] == [0, 1]
 
 
 def test_an_exception_of_a_client_app_becomes_an_error_reply_of_that_node_alone() -> None:

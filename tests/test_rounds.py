@@ -6,23 +6,21 @@ import json
 import logging
 import logging.handlers
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from carriers import Asked, Rough, run_over
 from flwr.app import Message
 
 from fedaccord import accord as accords
 from fedaccord import registry
-from fedaccord.client.app import app as client_app
 from fedaccord.evidence import sha256
 from fedaccord.privacy.ledger import Ledger
 from fedaccord.privacy.plan import plan_for
 from fedaccord.runs import RunFolder
 from fedaccord.server import checkpoint
-from fedaccord.server.app import app as server_app
 from fedaccord.simulations import engine
 
 SITES = ["cleveland", "hungary", "switzerland", "va"]
@@ -175,10 +173,11 @@ def test_the_run_keeps_the_last_rounds_model_and_student(private: Run) -> None:
     last = private.kind("round")[-1]
     for name in ("model", "student"):
         assert sha256((private.folder / f"{name}.safetensors").read_bytes()) == last[name]
-    number, model, student = checkpoint.load(private.folder)
-    assert number == 3
-    assert checkpoint.weights_digest(model) == last["model"]
-    assert checkpoint.weights_digest(student) == last["student"]
+    state = checkpoint.load(private.folder)
+    assert state.number == 3
+    assert state.record == {key: value for key, value in last.items() if key != "hash"}
+    assert checkpoint.weights_digest(state.model) == last["model"]
+    assert checkpoint.weights_digest(state.student) == last["student"]
 
 
 def test_a_site_has_an_intent_and_a_release_for_each_round_that_it_was_asked_in(
@@ -271,30 +270,19 @@ def test_a_run_whose_rounds_all_fail_uses_its_spare_ones_and_keeps_the_model(
     assert run.used("COUNTS") == {site: [] for site in SITES}
 
 
-class Lossy(engine.InProcessGrid):
-    """A carrier that loses what some sites send in some rounds."""
-
-    lost: frozenset[tuple[str, int]] = frozenset()
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        for reply in super().send_and_receive(messages, timeout=timeout):
-            said = reply.content.config_records["config"]
-            if (said.get("site"), said.get("round")) not in self.lost:
-                yield reply
-
-
 def lossy(folder: Path, lost: set[tuple[str, int]], **changes: Any) -> Run:
+    """Run over a carrier that loses what some sites send in some rounds."""
     config: engine.Config = {
         "accord": str(accord_file(folder, **changes)),
         "run": str(folder / "run"),
         "sites": str(folder / "sites"),
     }
-    carrier = Lossy(client_app, 4, config)
-    carrier.lost = frozenset(lost)
-    context = carrier._contexts[engine.FIRST_NODE]
-    server_app(grid=carrier, context=context)
+
+    def fate(asked: Asked) -> list[float]:
+        site = SITES[asked.node - engine.FIRST_NODE]
+        return [] if (site, asked.number) in lost else [0.0]
+
+    run_over(Rough(4, config, fate), config)
     return Run(folder / "run", folder / "sites")
 
 

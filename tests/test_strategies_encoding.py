@@ -72,7 +72,7 @@ def test_int8_is_off_by_half_a_step_of_a_127th_of_the_largest(value: np.ndarray[
 
 @given(DOUBLES)
 @settings(deadline=None, max_examples=40)
-def test_weights_of_float64_keep_the_same_bounds_with_the_scale_rounded_up_to_float32(
+def test_weights_of_float64_keep_the_same_bounds_with_their_scale_in_float32(
     value: np.ndarray[Any, Any],
 ) -> None:
     scale = scale_of(value) * (1 + 2.0**-23)
