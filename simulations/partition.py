@@ -350,7 +350,7 @@ def divide(
     """
     name, _, rest = how.partition(":")
     now = int(home.max()) + 1
-    count = sites or now
+    count = now if sites is None else sites
     labels = columns["label"]
     if (name, rest) == ("iid", ""):
         return iid(len(labels), count, rng, subjects)

@@ -146,7 +146,7 @@ def test_hospitals_follow_a_proximal_term_and_a_correction() -> None:
     )
     (node,) = grid.get_node_ids()
     (reply,) = grid.send_and_receive([Message(content, node, "train")])
-    moved = to_weights(reply.content["arrays"])["weight"]
+    moved = to_weights(reply.content.array_records["arrays"])["weight"]
     expected = -correction["weight"] / 2 * (1 - (1 - 0.01 * 2) ** STEPS)
     np.testing.assert_allclose(moved, expected, rtol=1e-9)
 

@@ -305,6 +305,10 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "no header": (b"\x93NUMPY\x01\x00", UNREADABLE),
     "a header that is cut off": (headed(header(), length=500), UNREADABLE),
     "a header of 64 KiB": (headed(header() + " " * 65_000), UNREADABLE),
+    "a longer header than numpy writes": (
+        headed(header().ljust(300)) + bytes(16),
+        "cannot be read: its bytes do not begin",
+    ),
     "version 2": (headed(header(), b"\x02\x00"), UNREADABLE),
     "words": (headed("hello\n"), UNREADABLE),
     "a call": (headed("__import__('os').abort()\n"), UNREADABLE),
