@@ -168,13 +168,13 @@ def quiet() -> None:
 def main() -> None:
     """Run the asked part and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=80, help="of training (default 80)")
+    parser.add_argument("--rounds", type=int, default=120, help="of training (default 120)")
     parser.add_argument("--seeds", type=int, default=1, help="splits, from seed 0 (default 1)")
     parser.add_argument("--rule", choices=RULES, action="append", help="only this; repeatable")
     parser.add_argument("--attack", choices=COLUMNS, action="append", help="only this; repeatable")
     parser.add_argument("--epsilon", type=float, help="train under DP at each site")
     parser.add_argument("--steps", type=int, default=5, help="of a site in a round (default 5)")
-    parser.add_argument("--rate", type=float, default=1.0, help="learning rate (default 1)")
+    parser.add_argument("--rate", type=float, default=1.4, help="learning rate (default 1.4)")
     asked = parser.parse_args()
     quiet()
     began = time.monotonic()

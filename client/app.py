@@ -31,7 +31,7 @@ from torch import nn
 
 from fedaccord import accord as accords
 from fedaccord import evidence
-from fedaccord.client import client_level, diary, local, train
+from fedaccord.client import client_level, diary, local, personal, train
 from fedaccord.client import evaluate as evaluation
 from fedaccord.client.pull import NOTHING, Pull, pull_of
 from fedaccord.client.site import Site, home_of, open_site, who
@@ -146,43 +146,39 @@ def train_round(site: Site, message: Message) -> RecordDict:
     site.admit("train")
     peers = site.ledger.witness(_heads(site, message))[:MOST_HEADS]
     payload = stored_release(site, run, number)
-    content = _reply(site, run=run, round=number)
-    if message.content.config_records["config"].get("wants") == "train-loss":
-        content["metrics"] = MetricRecord({"train_loss": asked_loss(site, message, run, number)})
+    wants_loss = message.content.config_records["config"].get("wants") == "train-loss"
+    if wants_loss and site.plan is not None:
+        raise PolicyError(
+            "metrics",
+            f"Site {site.name} does not send its training loss under privacy: no noise covers it. "
+            "Choose a strategy that needs none.",
+        )
     if payload is None:
         model = site.model("model", message.content.array_records["arrays"])
         if isinstance(site.plan, PrivacyPlan):
+            local.put_back(model, site.folder, run, number)
             train.refuse_weights(model)
         pull = pull_of(message.content, model, site.accord.training)
-        payload = train_and_record(site, model, run, number, peers, pull=pull)
+        what = "update and training loss" if wants_loss else "update"
+        payload = train_and_record(site, model, run, number, peers, pull=pull, what=what)
+    content = _reply(site, run=run, round=number)
+    if wants_loss:
+        content["metrics"] = MetricRecord({"train_loss": asked_loss(site, message, run, number)})
     for name, arrays in encoding.records_of(payload).items():
         content[name] = arrays
+    personal.advance(site, run, number, message.content.array_records["arrays"])
     return content
 
 
 def asked_loss(site: Site, message: Message, run: str, number: int) -> float:
     """Work out the mean loss of the model that came, for a strategy that weighs sites by it.
 
-    It is a release of its own that no noise covers, so a site under a plan refuses.
-
-    Raises:
-        PolicyError: the site trains under a privacy plan.
-        BudgetError: no reservation for the run.
+    No noise covers it; the round's RELEASE names it.
     """
-    if site.plan is not None:
-        raise PolicyError(
-            "metrics",
-            f"Site {site.name} does not send its training loss under privacy: no noise covers it. "
-            "Choose a strategy that needs none.",
-        )
-    if not reserved(site, run):
-        raise BudgetError(f"Site {site.name} has no reservation for run {run}. Reserve first.")
     model = site.model("model", message.content.array_records["arrays"])
     local.put_back(model, site.folder, run, number)
     records = _read(site, "train")
-    loss = 0.0 if records is None else evaluation.mean_loss(model.to(site.device), records)
-    site.ledger.counts(run, number, what="training loss", cells=1, covers=NOT_COVERED)
-    return loss
+    return 0.0 if records is None else evaluation.mean_loss(model.to(site.device), records)
 
 
 def _reply(site: Site, **said: str | int) -> RecordDict:
@@ -237,6 +233,7 @@ def train_and_record(
     peers: Iterable[Head] = (),
     entropy: Callable[[], Source] = OsSource,
     pull: Pull = NOTHING,
+    what: str = "update",
 ) -> bytes:
     """Use a slot, train, store the update, and only then record its release.
 
@@ -251,6 +248,7 @@ def train_and_record(
         peers: heads of other sites' ledgers, to be kept in the INTENT.
         entropy: makes the mechanism's randomness; tests pass their own, no accord can.
         pull: what the strategy adds to each step.
+        what: leaves the site in this round, as the RELEASE says it.
 
     Returns:
         The update that may be sent, encoded, as safetensors bytes.
@@ -276,7 +274,7 @@ def train_and_record(
     site.ledger.release(
         run,
         number,
-        what="update",
+        what=what,
         sha256=evidence.sha256(payload),
         bytes=len(payload),
         plan_digest=plan.digest if plan else None,

@@ -6,6 +6,7 @@ leaves the site, and the next round's gradients may read them.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from fedaccord.models.build import staying
 
 def _files(folder: Path, run: str) -> dict[int, Path]:
     """Find the kept layers of a run, by round."""
-    found = (folder / "local").glob(f"{run}-*.safetensors")
-    return {int(path.stem.rpartition("-")[2]): path for path in sorted(found)}
+    name = re.compile(re.escape(run) + r"-(\d+)\.safetensors")  # not those of a run "a-b" for "a"
+    found = ((name.fullmatch(path.name), path) for path in (folder / "local").glob("*.safetensors"))
+    return dict(sorted((int(said[1]), path) for said, path in found if said))
 
 
 def put_back(model: nn.Module, folder: Path, run: str, before: int) -> None:

@@ -29,17 +29,20 @@ class Pull:
             (FedProx, Li et al. 2020).
         correction: added as it is, by the weights' names; empty: none (SCAFFOLD's c - c_i,
             Karimireddy et al. 2020; FedDyn's -h_i, Acar et al. 2021).
+        anchor: w0, by the weights' names; none: the weights that a round starts from.
     """
 
     mu: float
     correction: Mapping[str, torch.Tensor]
+    anchor: Mapping[str, torch.Tensor] | None = None
 
     def start(self, model: nn.Module) -> Started | None:
         """Note the weights that a round starts from; None: there is nothing to add."""
         if not self.mu and not self.correction:
             return None
         weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        first = {n: p.detach().clone() for n, p in weights.items()}
+        held = weights if self.anchor is None else self.anchor
+        first = {n: held[n].detach().clone().to(p.device, p.dtype) for n, p in weights.items()}
         return Started(self.mu, self.correction, weights, first)
 
 
@@ -48,7 +51,7 @@ NOTHING = Pull(0.0, {})
 
 @dataclass(frozen=True)
 class Started:
-    """A pull in a round that has begun: weights as they change, and as they were."""
+    """A pull in a round that has begun: weights as they change, and as they are pulled to."""
 
     mu: float
     correction: Mapping[str, torch.Tensor]
@@ -69,7 +72,7 @@ class Started:
 def pull_of(content: RecordDict, model: nn.Module, training: TrainingSection) -> Pull:
     """Read what a training message asks to be added to the gradients.
 
-    A coordinator may move the weights as it likes by the model that it sends, within a bound; so it
+    What a strategy says of buffers is passed over: no gradient moves them. A coordinator may move the weights as it likes by the model that it sends, within a bound; so it
     may by these, within the same one.
 
     Raises:
@@ -88,6 +91,7 @@ def pull_of(content: RecordDict, model: nn.Module, training: TrainingSection) ->
     sent = content.array_records["correction"].to_torch_state_dict()
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
     room = FARTHEST / (training.learning_rate * training.steps)
+    sent = {n: v for n, v in sent.items() if n not in dict(model.named_buffers())}
     for name, value in sent.items():
         fits = name in weights and value.shape == weights[name].shape and value.is_floating_point()
         if not fits or not bool((value.abs() <= room).all()):

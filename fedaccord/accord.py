@@ -91,6 +91,17 @@ class TrainingSection(Section):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     views: int = Field(default=1, ge=1, le=64)
     augmentation: Literal["none", "noise", "shift", "shift-flip"] = "none"
+    personal: float = Field(default=0.0, ge=0, le=100)
+
+    @model_validator(mode="after")
+    def _pull_that_holds(self) -> TrainingSection:
+        if self.personal * self.learning_rate > 1:
+            raise Fault(
+                f"training.personal = {self.personal:g} times training.learning_rate = "
+                f"{self.learning_rate:g} is above 1, so a step would throw the personal model past "
+                f"the global one. Lower it to {1 / self.learning_rate:g} or less."
+            )
+        return self
 
 
 class StrategySection(Section):

@@ -155,7 +155,7 @@ def _what(entry: dict[str, Any]) -> str:
         return f"{entry['rounds']} rounds, epsilon {_epsilon(entry)}, accord {entry['accord'][:12]}"
     if kind == "INTENT":
         return f"slot {entry['slot']} of {entry['slots']}"
-    if kind in ("RELEASE", "COUNTS"):
+    if kind in ("RELEASE", "COUNTS", "PERSONAL"):
         return f"{entry.get('what', '')}: {entry.get('covers', '')}"
     if kind == "KEY":
         return f"key {entry['public_key'][:12]}"

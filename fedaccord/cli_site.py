@@ -1,4 +1,4 @@
-"""The commands of a site: what it takes part in (site approve, site revoke, site policy)."""
+"""The commands of a site: what it takes part in (approve, revoke, policy), its personal model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedaccord.errors import PolicyError
+from fedaccord.errors import AccordError, LedgerError, PolicyError, RunError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fedaccord.accord import Accord
+    from fedaccord.client.personal import Personal
     from fedaccord.client.policy import SitePolicy
     from fedaccord.privacy.chain import Entry
+    from fedaccord.privacy.ledger import Ledger
     from fedaccord.privacy.plan import Plan
 
 app = typer.Typer(no_args_is_help=True, help="What a site takes part in: its policy.toml.")
@@ -126,6 +128,75 @@ def show(site: SiteFolder) -> None:
         print(f"approved {digest}")
 
 
+@app.command()
+def personal(
+    folder: Annotated[Path, typer.Argument(help="The site's folder, with its ledger.")],
+    run: Annotated[str, typer.Argument(help="The run's id, as `fedaccord ledger show` has it.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    accord: Annotated[
+        str, typer.Option(help="The run's accord: frozen weights are written as well.")
+    ] = "",
+) -> None:
+    """Take a site's personal model out of its folder; the ledger says so first."""
+    from fedaccord.client import personal as models
+    from fedaccord.evidence import write_atomic
+
+    if out.exists():
+        raise RunError(f"--out {out}: is there already. Name a file that is not.")
+    found = models.find(folder, run)
+    if accord:
+        found = _whole(found, accord)
+    ledger = _ledger(folder)
+    try:
+        payload = models.release(ledger, found)
+        seq = ledger.head().seq
+    finally:
+        ledger.close()
+    write_atomic(out, payload, mode=0o600)
+    print(
+        f"{out}: the personal model of site {ledger.site}, run {found.run}, as of round "
+        f"{found.round}; entry {seq} of the ledger says that it was taken out, not covered.\n"
+        "It was trained on the site's records without noise and may reveal them. No epsilon covers "
+        "this file, nor predictions or figures that are made with it and shown to others: hand it "
+        "only to those who may see the records."
+    )
+
+
+def _whole(found: Personal, accord: str) -> Personal:
+    """Add the weights that an accord freezes, so that the model can be loaded as it is."""
+    from dataclasses import replace
+
+    from fedaccord import accord as accords
+    from fedaccord import tasks
+    from fedaccord.models.build import agreed
+
+    said = accords.load(accord)
+    if said.digest != found.accord:
+        raise AccordError(
+            f"--accord {accord}: has digest {said.digest[:12]}, and run {found.run} was of accord "
+            f"{found.accord[:12]}. Give that one, or leave it out."
+        )
+    task = tasks.task_of(said, accords.find(accord).parent)
+    model = agreed(said.model, task.spec, said.seed)
+    found.put(model)
+    return replace(
+        found, weights={k: v.clone().contiguous() for k, v in model.state_dict().items()}
+    )
+
+
+def _ledger(folder: Path) -> Ledger:
+    """Open the ledger of a site that has one, with its second place."""
+    from fedaccord.client import policy
+    from fedaccord.privacy.keeping import site_of
+    from fedaccord.privacy.ledger import Ledger
+
+    path = folder / "ledger.sqlite"
+    if not path.is_file():
+        raise LedgerError(f"site {folder}: has no ledger.sqlite. Give a site's own folder.")
+    second = folder / policy.SitePolicy.read(folder / policy.FILE).second_head
+    return Ledger(path, site_of(path), second)
+
+
 def _agreement(
     agreed: Accord, home: Path, name: str, folder: Path, own: SitePolicy, held: bool
 ) -> tuple[Table, list[str]]:
@@ -142,6 +213,8 @@ def _agreement(
     model, student = agreed.model, agreed.distillation
     weights = parameter_count(build(model.name, task.spec, model.options, 0, pretrained_of(model)))
     models = [f"{model.name}, {_count(weights, 'parameter')}"]
+    if agreed.training.personal:
+        models.append("a personal model of this site, trained without noise, which stays here")
     if student.enabled:
         small = parameter_count(build(student.model, task.spec, student.options, 0))
         models.append(f"{student.model}, {_count(small, 'parameter')}: the student, evaluated here")

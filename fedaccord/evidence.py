@@ -52,11 +52,17 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file or none of it: a temporary file, fsync, rename, fsync of the folder."""
+def write_atomic(path: Path, data: bytes | str, mode: int = 0o666) -> None:
+    """Write a whole file or none of it: a temporary file, fsync, rename, fsync of the folder.
+
+    Args:
+        path: the file; its folder is made where there is none.
+        data: all that it will hold.
+        mode: of a new file, less the umask.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(temporary, "wb") as file:
+    with open(temporary, "wb", opener=lambda name, how: os.open(name, how, mode)) as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())

@@ -7,6 +7,7 @@ RESERVE   the whole plan, against the site's cap, before round 1
 INTENT    a round's slot is used, before any record is read
 RELEASE   what left the site in that round, after it is stored and before it is sent
 COUNTS    evaluation counts that left the site, with what covers them
+PERSONAL  a site's own un-noised model is taken out of its folder by its operator
 NONPRIVATE  stands for RESERVE where privacy is off: epsilon infinite from then on
 REFUSAL   a plan that did not fit, or what the site's policy ruled out
 ACCEPT    an operator went on although the head in the second place was missing
@@ -303,6 +304,20 @@ class Ledger:
         """Record that evaluation counts leave the site, and what covers them."""
         with self._log.transaction():
             return self._log.append("COUNTS", run, round=number, **what)
+
+    def personal(self, run: str, **what: Any) -> Entry:
+        """Record that the site's personal model of a run is taken out, before it is.
+
+        Raises:
+            LedgerError: no round of the run has begun here, so there can be no such model.
+        """
+        with self._log.transaction() as entries:
+            if not any(e["kind"] == "INTENT" and e["run"] == run for e in entries):
+                raise LedgerError(
+                    f"ledger {self.path}: has no round of run {run}. Nothing was taken out; give "
+                    "a run of this ledger."
+                )
+            return self._log.append("PERSONAL", run, **what)
 
     def rotate(self) -> Entry:
         """Hand over to a new signing key (see `SignedLog.rotate`)."""

@@ -76,6 +76,7 @@ MEANINGS = {
     "training.momentum": ("", "of stochastic gradient descent, within a round"),
     "training.views": ("views", "of each record, averaged before the clip"),
     "training.augmentation": ("", "what makes views differ"),
+    "training.personal": ("", "pull of each site's own model to the global one; 0: there is none"),
     "strategy.averaging": ("", "share of the average over rounds that stays"),
     "strategy.name": ("", "how updates become a model"),
     "strategy.options": ("", "options of the strategy"),

@@ -236,9 +236,34 @@ def _incidents(evidence: Evidence) -> Row:
             for reason in ([] if said["accepted"] else [said["reason"]]) + said.get("further", [])
         ],
         "failed": [
-            {"round": r["round"], "accepted": _accepted(r), "record": r["id"]}
+            {"round": r["round"], "reason": r["failed"], "record": r["id"]}
             for r in rounds
             if not r["aggregated"]
+        ],
+        "late": [
+            {"round": r["round"], "site": late["site"], "answers": late["answers"]}
+            | {"record": r["id"]}
+            for r in rounds
+            for late in r["late"]
+        ],
+        "away": [
+            {"round": r["round"], "site": site, "record": r["id"]}
+            for before, r in zip([[], *(r["away"] for r in rounds)], rounds, strict=False)
+            for site in r["away"]
+            if site not in before
+        ],
+        "back": [
+            {"round": r["round"], "site": r["site"], "record": r["id"]}
+            for r in evidence.kind("back")
+        ],
+        "resumed": [
+            {"round": r["round"], "time": r["time"], "absent": r["absent"], "record": r["id"]}
+            for r in evidence.kind("resume")
+        ],
+        "strangers": [
+            {"round": r["round"], "node": node, "record": r["id"]}
+            for r in rounds
+            for node in r["strangers"]
         ],
         "not_counted": [
             {"round": r["round"], "site": site, "reason": reason, "record": r["id"]}
@@ -246,8 +271,3 @@ def _incidents(evidence: Evidence) -> Row:
             for site, reason in sorted((r["audit"] or {}).get("not_counted", {}).items())
         ],
     }
-
-
-def _accepted(record: Row) -> int:
-    """Count the replies that the gate let through."""
-    return sum(bool(said["accepted"]) for said in record["replies"].values())

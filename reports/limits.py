@@ -12,10 +12,14 @@ NOT_COVERED = "not covered"
 
 # ledger kind -> (name, what is in it)
 KINDS = {
-    "RELEASE": ("weights", "the model after the site's training in a round"),
+    "RELEASE": ("update", "what the site's training added to the model in a round"),
     "COUNTS": (
         "group counts",
         "evaluation subjects by group, label and prediction, for each model, after a round",
+    ),
+    "PERSONAL": (
+        "personal model",
+        "trained at the site without noise, and taken out of its folder by its operator",
     ),
 }
 ABOUT_LEDGER = (
@@ -42,7 +46,7 @@ def releases(evidence: Evidence) -> list[Row]:
             for covers in sorted({e["covers"] for e in mine if e["kind"] == kind}):
                 same = [e for e in mine if e["kind"] == kind and e["covers"] == covers]
                 row = found.setdefault((kind, covers), _kind(name, detail, covers))
-                unit = "bytes" if kind == "RELEASE" else "cells"
+                unit = "cells" if kind == "COUNTS" else "bytes"
                 size = sum(int(entry[unit]) for entry in same)
                 row["sites"].append(_sent(site, len(same), size, unit, f"ledger/{site}"))
         if any(entry["kind"] in RESERVATIONS for entry in mine):
@@ -79,6 +83,8 @@ def not_protected(evidence: Evidence, sent: list[Row]) -> list[str]:
     engine = str(evidence.start.get("engine", ""))
     return [
         *([] if private else [_NO_NOISE]),
+        *([_PERSONAL] if evidence.accord.training.personal else []),
+        *([_LOCAL] if evidence.accord.model.local else []),
         *([_COUNTS] if exact else []),
         _DECISIONS,
         f"Tuning of the settings, in the accord's own words: {evidence.accord.tuning}.",
@@ -97,6 +103,17 @@ _NO_NOISE = (
     "Training subjects: privacy was switched off. What each site sent in each round was computed "
     "from its records without any noise, and may reveal them."
 )
+_PERSONAL = (
+    "Training subjects, where a site's personal model is used: each site also trains one of its "
+    "own, without noise. It stays there, is not audited, and no figure here reads it; no epsilon "
+    "covers it, nor what is read off it. The list of what left the sites has it where an operator "
+    "took it out before this run's end."
+)
+_LOCAL = (
+    "The audited model is each site's own: layers named in model.local stay at their site. The "
+    "figures of a site are those of its own layers, the model file of this run lacks them, and the "
+    "student was taught by models with the layers that the seed gives."
+)
 _COUNTS = (
     "Evaluation subjects: after each round every site sent exact counts of them by group, label "
     "and prediction. No noise was added; no epsilon covers them."
@@ -111,7 +128,7 @@ _DECISIONS = (
     "here look better than new subjects would."
 )
 _NOISED = [
-    "The coordinator sees each site's noised weights one by one. The stated epsilon holds against "
+    "The coordinator sees each site's noised updates one by one. The stated epsilon holds against "
     "it; there is no secure aggregation on top.",
     "A person with records at two sites is protected at each of them separately; the losses at "
     "the two add up.",
@@ -142,8 +159,9 @@ _ALWAYS = [
     "the last hash elsewhere. Which key is whose is not fixed by the accord: a site that starts "
     "anew with another key is not told from one that was never here.",
     "Timing: when a site answers, how long it takes and that it falls silent are not covered.",
-    "A site that sends wrong weights or wrong counts on purpose: only their form is checked, and "
-    "the length of an update is held to a bound.",
+    "A site that sends a wrong update or wrong counts on purpose: only their form is checked, and "
+    "the length of an update is held to a bound. A robust strategy limits what such an update "
+    "does to the model, and does not rule it out.",
     "Intervals cover chance in who was evaluated. They do not cover wrong labels, other hospitals, "
     "or that the same subjects were looked at after every round.",
 ]

@@ -85,6 +85,7 @@ NEEDED: dict[str, dict[str, type]] = {
     "LOST": {"event": dict, "dataset": str},
     "RELEASE": {"covers": str, "bytes": int},
     "COUNTS": {"covers": str, "cells": int},
+    "PERSONAL": {"covers": str, "bytes": int},
 }
 
 

@@ -91,6 +91,8 @@ def check_ledger(check: Check, site: str, lines: list[tuple[int, Record]]) -> No
             _check_reservation(check, where, entry, past)
         elif entry["kind"] in ("INTENT", "RELEASE", "COUNTS"):
             _check_use(check, where, entry, [e for e in past if e["run"] == entry["run"]])
+        elif entry["kind"] == "PERSONAL":
+            check.equal(f"{where}: covers", entry["covers"], "not covered")
         past.append(entry)
 
 

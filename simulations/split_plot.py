@@ -192,9 +192,9 @@ def picture(split: Split) -> Figure:
     sites = len(split.sites)
     labels = counted(split.home, split.labels, sites, len(split.classes))
     panels = [("label", *folded(labels, split.classes, LABELS), 4.6)]
-    for name, names in split.attributes.items():
-        of_groups = counted(split.home, split.groups[name], sites, len(names))
-        panels.append((name, *folded(of_groups, names, GROUPS), 2.4))
+    for name, every in split.attributes.items():
+        of_groups = counted(split.home, split.groups[name], sites, len(every))
+        panels.append((name, *folded(of_groups, every, GROUPS), 2.4))
     columns = [max(1, int(width / _entry(names))) for _, _, names, _, width in panels]
     lines = [math.ceil(len(panel[2]) / fit) for panel, fit in zip(panels, columns, strict=True)]
     row = 0.27 if sites <= 24 else 0.19
@@ -248,7 +248,7 @@ def _prepare(axes: Axes, names: Sequence[str] | None, sites: int, row: float) ->
         axes.set_yticks([])
         return
     axes.set_yticks(_rows(sites), ["all", *names])
-    axes.get_yticklabels()[0].set_weight("bold")
+    axes.get_yticklabels()[0].set_fontweight("bold")
 
 
 def _sizes(axes: Axes, split: Split) -> None:
@@ -256,10 +256,10 @@ def _sizes(axes: Axes, split: Split) -> None:
     sites = len(split.sites)
     held = np.zeros(len(split.home), np.int64) if split.held is None else split.held.astype(int)
     counts = counted(split.home, held, sites, 2)
-    rows, total = np.arange(sites), counts.sum(axis=1)
+    rows, total = range(sites), [int(size) for size in counts.sum(axis=1)]
     axes.barh(rows, counts[:, 0], 0.8, color=TRAIN)
     axes.barh(rows, counts[:, 1], 0.8, left=counts[:, 0], color=HELD)
-    most = max(1, int(total.max()))
+    most = max(1, *total)
     for place, size in zip(rows, total, strict=True):
         axes.text(size + most * 0.03, place, f"{size:,}", va="center_baseline", size=8)
     axes.text(0, -1.4, f"{len(split.home):,}", va="center_baseline", size=8, weight="bold")
@@ -304,8 +304,9 @@ def _shares(
                 )
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
-    for words, side in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
-        words.set_horizontalalignment(side)
+    first, _, last = axes.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
 
 
 def _fits(words: str, wide: float) -> bool:
@@ -348,4 +349,4 @@ def _legend(
         alignment="left",
         fontsize=8.5 if lines < 4 else 8,
     )
-    legend.get_title().set_weight("bold")
+    legend.get_title().set_fontweight("bold")

@@ -17,6 +17,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedaccord.errors import AccordError
 from fedaccord.strategies.sums import OrderFreeSum
 from fedaccord.strategies.updates import (
     Update,
@@ -113,6 +114,9 @@ class Driver:
             bound: no coordinate of an update is larger in magnitude.
             heaviest: the largest weight of a site.
             quorum: with fewer updates the round has failed, and the strategy is not called.
+
+        Raises:
+            AccordError: the strategy raised.
         """
         if self.takes == "mean":
             replies, sites = self._mean(model, updates, bound, heaviest)
@@ -122,7 +126,13 @@ class Driver:
             replies = [self._reply(update, model) for update in found]
         if len(sites) < quorum:
             return Outcome(None, (), {}, f"{len(sites)} accepted updates, {quorum} are needed")
-        arrays, said = self.strategy.aggregate_train(number, replies)
+        try:
+            arrays, said = self.strategy.aggregate_train(number, replies)
+        except Exception as fault:  # whatever another's code raises; no round of it can count
+            raise AccordError(
+                f"strategy {type(self.strategy).__name__} failed in round {number}: "
+                f"{type(fault).__name__}: {fault}. Mend it, then resume the run."
+            ) from fault
         if arrays is None:
             return Outcome(None, (), dict(said or {}), "the strategy made no model of the updates")
         made = to_weights(arrays)

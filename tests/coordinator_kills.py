@@ -1,6 +1,8 @@
-"""Run an accord and kill this process in a step of a round, as a power cut would.
+"""Runs an accord and dies in a step of a round, as by a power cut; test_resume.py runs this script.
 
-Usage: coordinator_kills.py ACCORD RUN SITES STEP ROUND before|after|inside
+Usage: coordinator_kills.py ACCORD, and for each death FOLDER STEP ROUND before|after|inside.
+Every run is a fork of this process, so that all of them import torch once. It exits with 1 if one
+of them was not killed.
 """
 
 import os
@@ -42,7 +44,17 @@ def plant(step, number, when):
     setattr(Coordinator, step, planted)
 
 
+def killed(accord, folder, step, number, when):
+    """Run in a fork until it kills itself; whether it did."""
+    child = os.fork()
+    if not child:
+        plant(step, int(number), when)
+        engine.simulate(accord, Path(folder) / "run", Path(folder) / "sites", 4)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
 if __name__ == "__main__":
-    accord, run, sites, step, number, when = sys.argv[1:]
-    plant(step, int(number), when)
-    engine.simulate(accord, Path(run), Path(sites), 4)
+    accord, *words = sys.argv[1:]
+    deaths = [words[i : i + 4] for i in range(0, len(words), 4)]
+    sys.exit(not all([killed(accord, *death) for death in deaths]))

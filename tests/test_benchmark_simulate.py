@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from benchmarks import simulate, simulate_apps, simulate_scale
@@ -14,6 +16,15 @@ from benchmarks.simulate_apps import MODELS, Work
 from fedaccord import accord
 
 SITES = 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the benchmark has it: two threads only wait for each other on a model this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("private", [False, True])

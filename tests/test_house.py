@@ -270,7 +270,8 @@ def test_every_import_is_a_declared_dependency() -> None:
     project = PYPROJECT["project"]
     run = declared(project["dependencies"])
     test = run | declared(project["optional-dependencies"]["test"])
-    ours = {*sys.stdlib_module_names, "fedaccord", "benchmarks", "wards"}
+    shared = {path.stem for path in sources("tests") if not path.stem.startswith("test_")}
+    ours = {*sys.stdlib_module_names, "fedaccord", "benchmarks", *shared}
     missing = []
     for allowed, folders in ((run, CODE), (test, ["benchmarks", "tests"])):
         for path in sources(*folders):

@@ -1,10 +1,9 @@
-"""Resuming: a coordinator killed at any step loses no finished round, and goes on as if it had not."""
+"""Resuming: a coordinator killed at any step loses no finished round and goes on to the same end."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,12 +56,12 @@ def run(folder: Path, accord: Path, again: bool = False) -> Path:
     return folder / "run"
 
 
-def kill(folder: Path, accord: Path, step: str, number: int, when: str) -> None:
-    """Run in another process until it kills itself."""
+def kill(accord: Path, *deaths: tuple[Path, str, int, str]) -> None:
+    """Run in other processes, until each has killed itself: folder, step, round, when."""
     script = Path(__file__).with_name("coordinator_kills.py")
-    words = [accord, folder / "run", folder / "sites", step, number, when]
-    done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    words = [str(word) for death in deaths for word in death]
+    done = subprocess.run([sys.executable, script, accord, *words], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
 def models(run: Path) -> dict[str, bytes]:
@@ -101,15 +100,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return run(folder, accord), accord
 
 
+@pytest.fixture(scope="module")
+def dead(whole: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, killed after each of the eight steps of its second round."""
+    folder = tmp_path_factory.mktemp("dead")
+    kill(whole[1], *((folder / step, step, 2, "after") for step in STEPS))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_after_any_step_the_resumed_run_gives_the_same_bits(
-    step: str, whole: tuple[Path, Path], tmp_path: Path
+    step: str, whole: tuple[Path, Path], dead: Path
 ) -> None:
     straight, accord = whole
-    kill(tmp_path, accord, step, 2, "after")
-    on_record = [r for r in RunFolder(tmp_path / "run").records() if r["kind"] == "round"]
-    resumed = run(tmp_path, accord, again=True)
+    on_record = [r for r in RunFolder(dead / step / "run").records() if r["kind"] == "round"]
+    resumed = run(dead / step, accord, again=True)
     assert models(resumed) == models(straight)
     after = [r for r in RunFolder(resumed).records() if r["kind"] == "round"]
     assert after[: len(on_record)] == on_record  # a finished round stays as it was
@@ -121,7 +127,7 @@ def test_killed_in_the_middle_of_training_the_resumed_run_gives_the_same_bits(
     whole: tuple[Path, Path], tmp_path: Path
 ) -> None:
     straight, accord = whole
-    kill(tmp_path, accord, "train", 3, "inside")
+    kill(accord, (tmp_path, "train", 3, "inside"))
     resumed = run(tmp_path, accord, again=True)
     assert models(resumed) == models(straight)
 
@@ -136,7 +142,7 @@ def test_every_strategy_resumes_to_the_same_bits(
 ) -> None:
     accord = accord_file(tmp_path / "accord", {"name": name})
     straight = run(tmp_path / "whole", accord)
-    kill(tmp_path, accord, step, number, when)
+    kill(accord, (tmp_path, step, number, when))
     assert models(run(tmp_path, accord, again=True)) == models(straight)
 
 
@@ -146,7 +152,7 @@ def test_a_private_run_has_the_same_ledger_events_whether_or_not_it_was_killed(
 ) -> None:
     accord = accord_file(tmp_path, {"name": "scaffold"}, private=True)
     run(tmp_path / "whole", accord)
-    kill(tmp_path / "cut", accord, "record", 1, "after")
+    kill(accord, (tmp_path / "cut", "record", 1, "after"))
     resumed = run(tmp_path / "cut", accord, again=True)
     events = ("RESERVE", "INTENT", "RELEASE", "COUNTS")
     assert kinds(tmp_path / "cut", *events) == kinds(tmp_path / "whole", *events)
@@ -158,7 +164,7 @@ def test_a_private_site_cut_in_training_has_used_its_slot_and_sends_what_it_rele
     tmp_path: Path,
 ) -> None:
     accord = accord_file(tmp_path, {"name": "fedavg"}, private=True)
-    kill(tmp_path, accord, "gate", 2, "after")  # all had released round 2, none was recorded
+    kill(accord, (tmp_path, "gate", 2, "after"))  # all had released round 2, none was recorded
     before = kinds(tmp_path, "INTENT", "RELEASE")
     resumed = run(tmp_path, accord, again=True)
     rounds = [r for r in RunFolder(resumed).records() if r["kind"] == "round"]
@@ -175,7 +181,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run that was cut short after its first round, and its accord."""
     folder = tmp_path_factory.mktemp("cut")
     accord = accord_file(folder, {"name": "fedavg"}, rounds={"rounds": 2})
-    kill(folder, accord, "invite", 2, "before")
+    kill(accord, (folder, "invite", 2, "before"))
     return folder, accord
 
 
