@@ -35,7 +35,7 @@ def put_back(model: nn.Module, folder: Path, run: str, before: int) -> None:
         run: the run's id.
         before: the round that they are needed in; later ones are passed over.
     """
-    rounds = {k: path for k, path in _files(folder, run).items() if k < before}
+    rounds = {k: path for k, path in _files(folder, run).items() if k <= before}
     if not staying(model) or not rounds:
         return
     kept = safetensors.load(rounds[max(rounds)].read_bytes())

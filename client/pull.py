@@ -72,8 +72,9 @@ class Started:
 def pull_of(content: RecordDict, model: nn.Module, training: TrainingSection) -> Pull:
     """Read what a training message asks to be added to the gradients.
 
-    What a strategy says of buffers is passed over: no gradient moves them. A coordinator may move the weights as it likes by the model that it sends, within a bound; so it
-    may by these, within the same one.
+    What a strategy says of buffers is passed over: no gradient moves them. A coordinator may move
+    the weights as it likes by the model that it sends, within a bound; so it may by these, within
+    the same one.
 
     Raises:
         AccordError: a term that would let the weights run away, or a correction of other names,

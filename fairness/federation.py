@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedaccord.fairness import counts as group_counts
-from fedaccord.fairness.metrics import audit
+from fedaccord.fairness.metrics import audit, parities
 
 Tables = Mapping[str, Mapping[str, Any]]  # site -> attribute -> counts [group][label][prediction]
 
@@ -40,17 +40,14 @@ def audit_sites(
     out: dict[str, Any] = {}
     for name, names in groups.items():
         arrays = {site: np.asarray(row[name], np.int64) for site, row in sorted(tables.items())}
-        single = {s: audit(a, names, min_group, confidence) for s, a in arrays.items()}
+        single = parities(arrays, names, min_group, confidence)
         nobody = np.zeros((len(names), 2, 2), np.int64)
         pooled = group_counts.total(list(arrays.values()) or [nobody])
         out[name] = {
             "all": audit(pooled, names, min_group, confidence),
             "sites": {
-                site: {
-                    "n": figures["n"],
-                    "demographic_parity_difference": figures["demographic_parity_difference"],
-                }
-                for site, figures in single.items()
+                site: {"n": n, "demographic_parity_difference": figure}
+                for site, (n, figure) in single.items()
             },
         }
     mean = sum(known) / len(known) if known else None

@@ -10,7 +10,7 @@ group without a positive, and a difference of 0.0 when there is one group; here 
 data cannot carry is None, with the reason in words. There are no verdicts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, SupportsFloat, TypedDict
 
 import numpy as np
@@ -137,6 +137,75 @@ def audit(
     )
 
 
+def parities(
+    tables: Mapping[str, npt.ArrayLike],
+    groups: Sequence[str],
+    min_group: int,
+    confidence: float = 0.95,
+) -> dict[str, tuple[int, Disparity]]:
+    """Give for each of many tables its subjects and its demographic parity difference.
+
+    Each equals that of `audit` on the table; Fairlearn is asked once for all of them, by its
+    control features, which for a thousand sites is minutes less.
+
+    Args:
+        tables: Counts [group, label, prediction] by name (of a site), each of shape (G, C, C).
+        groups: The G groups' names, in the order of the counts, all different.
+        min_group: The fewest subjects for a group to be assessed, at least 1.
+        confidence: The coverage of each interval, in (0, 1).
+
+    Raises:
+        ValueError: As `audit`.
+    """
+    out: dict[str, tuple[int, Disparity]] = {}
+    large: dict[str, Whole] = {}  # cells of the groups that are large enough, where two are
+    for name, counts in tables.items():
+        checked = group_counts.check(counts)
+        cells = _one_against_rest(checked)
+        kept, nothing = _assessed(cells, _names(groups, checked.shape[0]), min_group)
+        out[name] = int(cells.sum()), nothing
+        if kept.sum() >= 2:
+            large[name] = cells[kept]
+    if not large:
+        return out
+    values = _differences(large)
+    for name, cells in large.items():
+        n = cells.sum((1, 2))
+        low, high = intervals.difference_interval(cells[:, :, 1].sum(1), n, confidence)
+        total, before = out[name]
+        out[name] = total, Disparity(**{**before, **_figure(values[name], low, high)})
+    return out
+
+
+def _differences(tables: Mapping[str, Whole]) -> dict[str, float]:
+    """Ask Fairlearn for the difference of selection rates within each of many tables."""
+    rows = [
+        (place, group, label, prediction, cells[group, label, prediction])
+        for place, cells in enumerate(tables.values())
+        for group, label, prediction in np.argwhere(cells)
+    ]
+    place, group, label, prediction, weight = np.array(rows, np.int64).T
+    frame = MetricFrame(
+        metrics={"selection_rate": selection_rate},
+        y_true=label,
+        y_pred=prediction,
+        sensitive_features=group,
+        control_features=place,
+        sample_params={"selection_rate": {"sample_weight": weight}},
+    )
+    found = frame.difference()["selection_rate"]
+    return {name: float(found[place]) for place, name in enumerate(tables)}
+
+
+def _assessed(cells: Whole, names: list[str], min_group: int) -> tuple[Mask, Disparity]:
+    """Say which groups are large enough, and what stands where fewer than two of them are."""
+    n = cells.sum((1, 2))
+    reasons = [_too_few(min_group, subjects=size) for size in n]
+    kept, left_out = _split(names, n, reasons)
+    nothing = _not_assessable(_fewer_than_two(names, reasons, f"{min_group} subjects"))
+    return kept, _over(nothing, names, kept, left_out)
+
+
 def _by_group(
     cells: Whole, correct: Whole, names: list[str], min_group: int, confidence: float
 ) -> dict[str, GroupFigures]:
@@ -164,13 +233,10 @@ def _demographic_parity(
     cells: Whole, names: list[str], min_group: int, confidence: float
 ) -> tuple[Disparity, Disparity]:
     """Return the difference and the ratio of selection rates over groups of `min_group`."""
-    n = cells.sum((1, 2))
-    reasons = [_too_few(min_group, subjects=size) for size in n]
-    kept, left_out = _split(names, n, reasons)
+    kept, nothing = _assessed(cells, names, min_group)
     if kept.sum() < 2:
-        nothing = _not_assessable(_fewer_than_two(names, reasons, f"{min_group} subjects"))
-        return _over(nothing, names, kept, left_out), _over(nothing, names, kept, left_out)
-    selected, n = cells[kept][:, :, 1].sum(1), n[kept]
+        return nothing, nothing
+    selected, n = cells[kept][:, :, 1].sum(1), cells[kept].sum((1, 2))
     frame = _frame(cells[kept], {"selection_rate": (0, 1)})
     low, high = intervals.difference_interval(selected, n, confidence)
     difference = _figure(frame.difference()["selection_rate"], low, high)
@@ -179,7 +245,7 @@ def _demographic_parity(
         ratio = _figure(frame.ratio()["selection_rate"], low, high)
     else:
         ratio = _not_assessable("no subject of these groups is predicted 1, so the ratio is 0 / 0")
-    return _over(difference, names, kept, left_out), _over(ratio, names, kept, left_out)
+    return Disparity(**{**nothing, **difference}), Disparity(**{**nothing, **ratio})
 
 
 def _equalized_odds(cells: Whole, names: list[str], min_group: int, confidence: float) -> Disparity:

@@ -266,6 +266,11 @@ def find(where: str | Path) -> Path:
     return bundled()[str(where)]
 
 
+# By where it was asked for: the text as it stands there, and what it says. A site loads its accord
+# at every message; it is validated once, and an Accord cannot be changed.
+_loaded: dict[str, tuple[str, Accord]] = {}
+
+
 def load(where: str | Path) -> Accord:
     """Load and validate an accord: a path to a TOML file, or the name of a bundled one.
 
@@ -275,7 +280,12 @@ def load(where: str | Path) -> Accord:
     """
     try:
         path = find(where)
-        return parse(tomllib.loads(path.read_text(encoding="utf-8-sig")), str(where))
+        text = path.read_text(encoding="utf-8-sig")
+        if (held := _loaded.get(str(where))) and held[0] == text:
+            return held[1]
+        agreed = parse(tomllib.loads(text), str(where))
+        _loaded[str(where)] = (text, agreed)
+        return agreed
     except tomllib.TOMLDecodeError as fault:
         raise AccordError(f'accord "{where}" is not TOML: {fault}. Mend that line.') from None
     except UnicodeDecodeError:

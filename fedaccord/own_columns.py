@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -158,6 +158,7 @@ def split(cells: Sequence[Cell]) -> tuple[list[bool], list[str]]:
     return each(cells, one, False)
 
 
+@lru_cache(maxsize=65_536)
 def site_name(cell: Cell) -> str:
     """Write a cell as sites are named: "Ward A" is the site ward-a."""
     return re.sub(r"[^a-z0-9]+", "-", (cell or "").lower()).strip("-")

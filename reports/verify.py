@@ -164,8 +164,10 @@ def _check_models(check: Check, run: Path, records: list[Record]) -> None:
         check.equal(f"{path.name}: SHA-256", said, right, f"{rounds[-1]['id']} has")
         # A weight that is shared counts once in the record and may be twice in the file.
         parameters, held = records[0][which]["parameters"], _count(data)
-        words = f"start: {which}.parameters says {parameters}, {path.name} holds {held}"
-        check.holds(0 < parameters <= held, f"{ROUNDS}: {words}")
+        stay = records[0][which].get("stay", 0)  # frozen, or at their sites: not in the file
+        less = f", {stay} of them not sent" if stay else ""
+        words = f"start: {which}.parameters says {parameters}{less}, {path.name} holds {held}"
+        check.holds(0 < parameters - stay <= held and stay >= 0, f"{ROUNDS}: {words}")
 
 
 def _count(data: bytes) -> int:

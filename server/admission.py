@@ -19,6 +19,7 @@ from fedaccord.privacy.plan import plan_for
 from fedaccord.server.gates import told
 from fedaccord.server.heads import Heads
 from fedaccord.server.mail import Mail
+from fedaccord.strategies.updates import config_of
 
 
 @dataclass
@@ -98,7 +99,7 @@ def words(reply: Message) -> dict[str, Any]:
     """Return the config record of a reply, or what went wrong under "refused"."""
     if reply.has_error():
         return {"refused": reply.error.reason}
-    return dict(reply.content.config_records.get("config", {}))
+    return config_of(reply.content)
 
 
 def question(accord: Accord, run: str) -> RecordDict:

@@ -7,14 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 
 from fedaccord.evidence import sha256
 from fedaccord.strategies import encoding as encodings
 from fedaccord.strategies.encoding import Encoding
-from fedaccord.strategies.updates import Weights
-from fedaccord.strategies.updates import to_arrays as to_arrays
-from fedaccord.strategies.updates import to_weights as to_weights
+from fedaccord.strategies.updates import Weights, arrays_of, config_of, metrics_of
 
 # No site counts more subjects than a roster can declare; sums over all sites stay exact.
 LARGEST_COUNT = 10**9
@@ -76,14 +74,14 @@ def oversized(reply: Message, most: int, most_words: int = WORDS) -> str:
     """
     if reply.has_error():
         return ""
-    content, arrays_of = reply.content, reply.content.array_records
+    content = reply.content
     if len(content) > RECORDS:
         return f"size: {len(content)} records are more than {RECORDS}"
     arrays = words = 0
     for name, record in content.items():
         words += len(name)
-        if name in arrays_of:
-            arrays += sum(len(key) + len(array.data) for key, array in arrays_of[name].items())
+        if isinstance(record, ArrayRecord):
+            arrays += sum(len(key) + len(array.data) for key, array in record.items())
         else:
             words += sum(len(key) + _bytes(value) for key, value in record.items())
     if arrays > most:
@@ -106,7 +104,7 @@ def unanswered(reply: Message, site: str, run: str, number: int) -> str:
     """Say why a reply does not answer what a site was asked in a round, or "" if it does."""
     if reply.has_error():
         return f"error: {told(reply.error.reason)}"
-    config = dict(reply.content.config_records.get("config", {}))
+    config = config_of(reply.content)
     if config.get("refused"):
         return f"refused: {told(config['refused'])}"
     said = {key: config.get(key) for key in ("site", "run", "round")}
@@ -124,7 +122,7 @@ def wanted(reply: Message, wants: str) -> dict[str, float] | str:
     if wants not in WANTED:
         return {}
     name = WANTED[wants]
-    value = dict(reply.content.metric_records.get("metrics", {})).get(name)
+    value = metrics_of(reply.content).get("metrics", {}).get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"metric: {name} is {told(value)}, not a number"
     if 0 <= value <= LARGEST_METRIC:
@@ -174,7 +172,7 @@ def inspect(
     most = encodings.most_bytes(base, encoding)
     if reason := oversized(reply, most) or unanswered(reply, site, run, number):
         return Verdict(site, reason)
-    wire = encodings.received(reply.content.array_records, base, encoding)
+    wire = encodings.received(arrays_of(reply.content), base, encoding)
     if isinstance(wire, str):
         return Verdict(site, told(wire))
     change = encodings.decode(wire, base, encoding)
@@ -256,7 +254,7 @@ def read_counts(
     if reason := oversized(reply, 0, WORDS + 8 * cells) or unanswered(reply, site, run, number):
         return reason, {}
     out: dict[str, dict[str, Any]] = {}
-    records = reply.content.metric_records
+    records = metrics_of(reply.content)
     if set(records) != set(sections):
         return f"form: counts of exactly {', '.join(sorted(sections))} are expected", {}
     for section in sections:

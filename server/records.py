@@ -13,7 +13,7 @@ import torch
 
 from fedaccord.accord import Accord
 from fedaccord.evidence import build_hash
-from fedaccord.models.build import parameter_count
+from fedaccord.models.build import parameter_count, trained
 from fedaccord.privacy import accounting, engines, tradeoff
 from fedaccord.privacy.plan import Plan
 from fedaccord.privacy.probe import synthetic
@@ -49,6 +49,7 @@ def start(
         "model": {
             "name": accord.model.name,
             "parameters": parameter_count(model),
+            "stay": parameter_count(model) - _travelling(model),
             "weights": checkpoint.weights_digest(checkpoint.weights_of(model)),
         },
         "gradients": gradients(accord, task, model),
@@ -56,6 +57,12 @@ def start(
         if student is None
         else {"name": accord.distillation.model, "parameters": parameter_count(student)},
     }
+
+
+def _travelling(model: torch.nn.Module) -> int:
+    """Count the weights that travel: those that are neither frozen nor stay at their site."""
+    names = trained(model)
+    return sum(weight.numel() for name, weight in model.named_parameters() if name in names)
 
 
 def gradients(accord: Accord, task: Task, model: torch.nn.Module) -> dict[str, str] | None:

@@ -24,7 +24,14 @@ from fedaccord.server.gates import Verdict
 from fedaccord.server.heads import Heads
 from fedaccord.server.mail import Mail
 from fedaccord.strategies.driver import Driver
-from fedaccord.strategies.updates import Update, Weights, moved, to_arrays
+from fedaccord.strategies.updates import (
+    Update,
+    Weights,
+    arrays_of,
+    config_of,
+    moved,
+    to_arrays,
+)
 from fedaccord.tasks import Task
 
 LOOK = 1.0  # seconds between two looks for sites, while too few are there
@@ -129,7 +136,7 @@ class Coordinator:
             ConfigRecord(self._about() | {"heads": self.heads.show(self.number)}),
             DrawnGrid(self.mail.grid, {place.node: place.site for place in drawn}),
         )
-        asked = dict(messages[0].content.config_records.get("config", {})) if messages else {}
+        asked = config_of(messages[0].content) if messages else {}
         self.wants = str(asked.get("wants", ""))
         timeout = self.accord.rounds.timeout
         return self.mail.exchange(messages, timeout, f"round {self.number}")
@@ -237,7 +244,7 @@ class Coordinator:
         rules, classes = self.accord.fairness, len(self.task.spec.classes)
         groups = {name: self.task.spec.attributes[name] for name in rules.attributes}
         shapes = {name: (len(names), classes, classes) for name, names in groups.items()}
-        tables: dict[str, dict[str, Any]] = {section: {} for section in content.array_records}
+        tables: dict[str, dict[str, Any]] = {section: {} for section in arrays_of(content)}
         for place in self.places:
             if place.node not in replies:
                 missing.setdefault(place.site, "no answer")

@@ -140,7 +140,7 @@ def centred_clipping(
     setting: Setting,
     *,
     num_malicious_nodes: int = 1,
-    mixing: bool = True,
+    mixing: bool = False,
     radius: float | None = None,
     iterations: int = 5,
     momentum: float = 0.0,

@@ -13,7 +13,7 @@ from torch import nn
 from fedaccord.errors import AccordError
 from fedaccord.privacy import noise
 from fedaccord.privacy.client_level import ClientPlan, Released, release
-from fedaccord.strategies.updates import flat, shaped, to_arrays, to_weights
+from fedaccord.strategies.updates import arrays_of, flat, shaped, to_arrays, to_weights
 
 
 class ClientLevelMean(FedAvg):
@@ -74,9 +74,7 @@ class ClientLevelMean(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the noised mean's weights, and what a round may say of how they came about."""
-        contents = [
-            reply.content.array_records["arrays"] for reply in replies if reply.has_content()
-        ]
+        contents = [arrays_of(reply.content)["arrays"] for reply in replies if reply.has_content()]
         if not self._asked or not contents:
             return None, None
         base = to_weights(self._base)

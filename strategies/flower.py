@@ -31,6 +31,7 @@ from fedaccord.strategies.driver import Driver
 from fedaccord.strategies.kept import State
 from fedaccord.strategies.mixing import Mixed
 from fedaccord.strategies.seam import SHOWN, Setting, StrategyFault
+from fedaccord.strategies.updates import arrays_of
 
 MOMENTS = ("m_t", "v_t")  # where Flower's adaptive strategies keep theirs
 
@@ -158,7 +159,7 @@ def uncollected(replies: Iterable[Message]) -> list[Message]:
     """Have replies' arrays read without a collection of garbage."""
     kept = list(replies)
     for reply in kept:
-        reply.content["arrays"] = Uncollected(dict(reply.content.array_records["arrays"]))
+        reply.content["arrays"] = Uncollected(dict(arrays_of(reply.content)["arrays"]))
     return kept
 
 

@@ -10,7 +10,16 @@ import numpy.typing as npt
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedaccord.strategies.updates import Update, Weights, to_arrays, to_weights, zeros
+from fedaccord.strategies.updates import (
+    Update,
+    Weights,
+    arrays_of,
+    config_of,
+    metrics_of,
+    to_arrays,
+    to_weights,
+    zeros,
+)
 
 State = dict[str, npt.NDArray[Any]]
 
@@ -74,9 +83,9 @@ def heard(replies: Iterable[Message]) -> list[Update]:
     out = []
     for reply in replies:
         content = reply.content
-        metrics: Mapping[str, Any] = content.metric_records["metrics"]
-        site = str(content.config_records["config"]["site"])
-        change = to_weights(content.array_records["arrays"])
+        metrics: Mapping[str, Any] = metrics_of(content)["metrics"]
+        site = str(config_of(content)["site"])
+        change = to_weights(arrays_of(content)["arrays"])
         out.append(Update(site, change, int(metrics["num-examples"]), {}))
     return out
 
@@ -96,7 +105,7 @@ def corrected(
     for message in messages:
         node = message.metadata.dst_node_id
         content = RecordDict(dict(message.content))
-        kinds = {k: np.dtype(array.dtype) for k, array in content.array_records["arrays"].items()}
+        kinds = {k: np.dtype(array.dtype) for k, array in arrays_of(content)["arrays"].items()}
         real = [name for name, kind in kinds.items() if np.issubdtype(kind, np.floating)]
         made = correction(sites[node])  # what holds whole numbers has no gradient
         content["correction"] = to_arrays({name: made[name] for name in real})

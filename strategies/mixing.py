@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedaccord.strategies.updates import Floats, flat, shaped, to_arrays, to_weights
+from fedaccord.strategies.updates import Floats, arrays_of, flat, shaped, to_arrays, to_weights
 
 
 def mix(updates: Floats, f: int) -> Floats:
@@ -84,7 +84,7 @@ class Mixed(Strategy):
         """Mix the updates, then leave it to the rule."""
         kept = list(replies)
         if kept:
-            updates = [to_weights(reply.content.array_records["arrays"]) for reply in kept]
+            updates = [to_weights(arrays_of(reply.content)["arrays"]) for reply in kept]
             rows = mix(np.stack([flat(update) for update in updates]), self.f)
             for reply, row in zip(kept, rows, strict=True):
                 reply.content["arrays"] = to_arrays(shaped(row, updates[0]))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 Weights = dict[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.float64]
@@ -39,6 +39,26 @@ def to_weights(arrays: ArrayRecord) -> Weights:
 def to_arrays(weights: Weights) -> ArrayRecord:
     """Pack numpy arrays for a message."""
     return ArrayRecord({name: Array(np.asarray(value)) for name, value in weights.items()})
+
+
+def arrays_of(content: RecordDict) -> dict[str, ArrayRecord]:
+    """Return a message's records of arrays by name.
+
+    Flower's own view of them refers to itself, so each use would keep the message, arrays and all,
+    in memory until the garbage collector comes by.
+    """
+    return {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
+
+
+def config_of(content: RecordDict) -> dict[str, Any]:
+    """Return what a message's record "config" says; empty if it has none (see `arrays_of`)."""
+    record = content.get("config")
+    return dict(record) if isinstance(record, ConfigRecord) else {}
+
+
+def metrics_of(content: RecordDict) -> dict[str, MetricRecord]:
+    """Return a message's records of metrics by name (see `arrays_of`)."""
+    return {name: record for name, record in content.items() if isinstance(record, MetricRecord)}
 
 
 def flat(weights: Weights) -> Floats:

@@ -57,4 +57,5 @@ def killed(accord, folder, step, number, when):
 if __name__ == "__main__":
     accord, *words = sys.argv[1:]
     deaths = [words[i : i + 4] for i in range(0, len(words), 4)]
-    sys.exit(not all([killed(accord, *death) for death in deaths]))
+    done = [killed(accord, *death) for death in deaths]
+    sys.exit(not all(done))

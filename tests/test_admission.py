@@ -19,11 +19,12 @@ from fedaccord.evidence import canonical_json
 from fedaccord.privacy.ledger import Ledger
 from fedaccord.privacy.plan import plan_for
 from fedaccord.runs import RunFolder
-from fedaccord.server import admission, checkpoint, gates
+from fedaccord.server import admission, checkpoint
 from fedaccord.server.app import initial
 from fedaccord.server.heads import Heads
 from fedaccord.server.mail import Mail
 from fedaccord.simulations import engine, heart
+from fedaccord.strategies.updates import to_arrays
 from fedaccord.tasks import load_task
 
 SITES = ["cleveland", "hungary", "switzerland", "va"]
@@ -338,7 +339,7 @@ def test_a_site_releases_nothing_for_a_run_that_it_has_not_reserved(
     weights = checkpoint.weights_of(initial(accord, load_task("heart"))[0])
     asked = {"run": "run", "accord": accord.digest, "server-round": 1}
     content = RecordDict({"config": ConfigRecord(asked)})
-    content["arrays" if kind == "train" else "model"] = gates.to_arrays(weights)
+    content["arrays" if kind == "train" else "model"] = to_arrays(weights)
     answers = Mail(carrier).ask(carrier.get_node_ids(), kind, content, 60.0)
     assert len(answers) == 4
     for answer in answers.values():

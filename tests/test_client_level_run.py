@@ -32,9 +32,10 @@ from fedaccord.privacy.plan import plan_for
 from fedaccord.reports.report import write_report
 from fedaccord.reports.verify import verify
 from fedaccord.runs import RunFolder
-from fedaccord.server import checkpoint, distillation, gates
+from fedaccord.server import checkpoint, distillation
 from fedaccord.simulations import engine
 from fedaccord.strategies.client_level import refuse_state
+from fedaccord.strategies.updates import Weights, moved, to_weights
 from fedaccord.tasks import load_task
 
 ALPHA = 2e-6
@@ -114,9 +115,9 @@ class Seen:
     folder: Path
     sites: Path
     accord: accords.Accord
-    models: list[gates.Weights] = field(default_factory=list)  # the global model before each round
+    models: list[Weights] = field(default_factory=list)  # the global model before each round
     updates: list[dict[str, np.ndarray]] = field(default_factory=list)  # by site, each round
-    sent: list[gates.Weights] = field(default_factory=list)  # every site's weights
+    sent: list[Weights] = field(default_factory=list)  # every site's weights
     log: str = ""
 
     def kind(self, kind: str) -> list[dict[str, Any]]:
@@ -127,7 +128,7 @@ class Seen:
         return [json.loads(line) for line in lines.splitlines()]
 
 
-def flat(weights: gates.Weights, like: gates.Weights) -> np.ndarray:
+def flat(weights: Weights, like: Weights) -> np.ndarray:
     return np.concatenate([weights[name].astype(np.float64).ravel() for name in like])
 
 
@@ -152,12 +153,12 @@ def run_towns(folder: Path, adaptive: str = "") -> Seen:
         if number > len(seen.updates):
             seen.updates.append({})
             if number > 1:
-                seen.models.append(checkpoint.load(seen.folder)[1])
+                seen.models.append(checkpoint.load(seen.folder).model)
         base = seen.models[-1]
-        weights = gates.to_weights(reply.content.array_records["arrays"])
-        seen.sent.append(weights)
+        change = to_weights(reply.content.array_records["arrays"])
+        seen.sent.append(change)
         site = str(reply.content.config_records["config"]["site"])
-        seen.updates[-1][site] = flat(weights, base) - flat(base, base)
+        seen.updates[-1][site] = flat(change, base)
 
     log, root = io.StringIO(), logging.getLogger()
     handler = logging.StreamHandler(log)
@@ -167,7 +168,7 @@ def run_towns(folder: Path, adaptive: str = "") -> Seen:
     finally:
         root.removeHandler(handler)
     seen.log = log.getvalue()
-    seen.models.append(checkpoint.load(seen.folder)[1])
+    seen.models.append(checkpoint.load(seen.folder).model)
     return seen
 
 
@@ -246,17 +247,20 @@ def test_the_student_is_taught_by_the_noised_models_alone(fixed: Seen) -> None:
     proxy = torch.from_numpy(task.public(wants.proxy_rows, accord.seed))
     teacher = build("mlp", task.spec, accord.model.options, accord.seed)
 
-    def student_of(teachers: Callable[[int], list[gates.Weights]]) -> str:
+    def student_of(teachers: Callable[[int], list[Weights]]) -> str:
         student = build("mlp", task.spec, wants.options, accord.seed)
         for number in (1, 2, 3):
-            targets = distillation.teach(teacher, teachers(number), proxy)
-            distillation.distil(student, proxy, targets, wants, accord.seed + number)
+            lesson = distillation.Lesson(teacher, proxy, ASKED)
+            for weights in teachers(number):
+                lesson.hear(weights)
+            distillation.distil(student, proxy, lesson.targets(), wants, accord.seed + number)
         return checkpoint.weights_digest(checkpoint.weights_of(student))
 
     right = seen.kind("round")[-1]["student"]
     assert student_of(lambda number: [seen.models[number]]) == right
     finite = [w for w in seen.sent if all(np.isfinite(v).all() for v in w.values())]
-    assert student_of(lambda _: finite) != right
+    sites = [moved(seen.models[0], change) for change in finite[:ASKED]]
+    assert student_of(lambda _: sites) != right
 
 
 # --- what is on record --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score
 
 from fedaccord.fairness.counts import count, total
-from fedaccord.fairness.metrics import audit
+from fedaccord.fairness.metrics import audit, parities
 
 DISPARITIES = (
     "demographic_parity_difference",
@@ -96,6 +96,18 @@ def test_disparities_equal_fairlearns_on_the_pooled_rows(drawn):
         if figure["assessable"]:
             expected = oracle(label[among], prediction[among], sensitive_features=group[among])
             assert figure["value"] == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+@given(sites(), st.integers(1, 12))
+@settings(deadline=None, max_examples=30)
+def test_many_tables_at_once_have_the_parity_differences_of_each_by_itself(drawn, least):
+    parts, n_groups = drawn
+    tables = {f"site {s}": count(*rows, n_groups) for s, rows in enumerate(parts)}
+    found = parities(tables, names(n_groups), least)
+    assert found.keys() == tables.keys()
+    for site, table in tables.items():
+        alone = audit(table, names(n_groups), least)
+        assert found[site] == (alone["n"], alone["demographic_parity_difference"])
 
 
 @given(sites())

@@ -1,4 +1,4 @@
-"""Resuming: a coordinator killed at any step loses no finished round and goes on to the same end."""
+"""Resuming: a coordinator killed at any step loses no finished round, and goes on to its end."""
 
 from __future__ import annotations
 
