@@ -35,7 +35,7 @@ def put_back(model: nn.Module, folder: Path, run: str, before: int) -> None:
         run: the run's id.
         before: the round that they are needed in; later ones are passed over.
     """
-    rounds = {k: path for k, path in _files(folder, run).items() if k <= before}
+    rounds = {k: path for k, path in _files(folder, run).items() if k < before}
     if not staying(model) or not rounds:
         return
     kept = safetensors.load(rounds[max(rounds)].read_bytes())
@@ -51,6 +51,6 @@ def keep(model: nn.Module, folder: Path, run: str, number: int) -> None:
         return
     path = folder / "local" / f"{run}-{number:05d}.safetensors"
     evidence.write_atomic(path, safetensors.save(layers))
-    for old, file in list(_files(folder, run).items())[:-2]:
+    for old, file in list(_files(folder, run).items())[:-1]:
         if old < number:
             file.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedaccord.evidence import sha256
 from fedaccord.strategies import encoding as encodings
@@ -122,7 +122,7 @@ def wanted(reply: Message, wants: str) -> dict[str, float] | str:
     if wants not in WANTED:
         return {}
     name = WANTED[wants]
-    value = metrics_of(reply.content).get("metrics", {}).get(name)
+    value = metrics_of(reply.content).get("metrics", MetricRecord()).get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"metric: {name} is {told(value)}, not a number"
     if 0 <= value <= LARGEST_METRIC:

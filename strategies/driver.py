@@ -136,9 +136,8 @@ class Driver:
         if arrays is None:
             return Outcome(None, (), dict(said or {}), "the strategy made no model of the updates")
         made = to_weights(arrays)
-        fault = _unlike(made, model)
-        if fault:
-            return Outcome(None, (), dict(said or {}), fault)
+        if unfit := _unlike(made, model):
+            return Outcome(None, (), dict(said or {}), unfit)
         if self.takes != "weights":
             model = moved(model, made)
         else:
