@@ -51,6 +51,6 @@ def keep(model: nn.Module, folder: Path, run: str, number: int) -> None:
         return
     path = folder / "local" / f"{run}-{number:05d}.safetensors"
     evidence.write_atomic(path, safetensors.save(layers))
-    for old, file in list(_files(folder, run).items())[:-1]:
+    for old, file in list(_files(folder, run).items())[:-2]:
         if old < number:
             file.unlink(missing_ok=True)

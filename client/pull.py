@@ -16,6 +16,7 @@ from torch import nn
 
 from fedaccord.accord import TrainingSection
 from fedaccord.errors import AccordError
+from fedaccord.strategies.updates import arrays_of, config_of
 
 FARTHEST = 100.0  # what a correction may move a weight in a round, at most
 
@@ -80,19 +81,19 @@ def pull_of(content: RecordDict, model: nn.Module, training: TrainingSection) ->
         AccordError: a term that would let the weights run away, or a correction of other names,
             shapes or sizes than the model's weights.
     """
-    said = content.config_records["config"].get("proximal-mu", 0.0)
+    said = config_of(content).get("proximal-mu", 0.0)
     mu = float(said) if isinstance(said, int | float) else -1.0
     if not 0 <= mu * training.learning_rate <= 1:
         raise AccordError(
             f"strategy: proximal-mu = {str(said)[:20]} must be from 0 to 1 / "
             f"training.learning_rate, which is {1 / training.learning_rate:g}. Lower it."
         )
-    if "correction" not in content.array_records:
+    if "correction" not in arrays_of(content):
         return Pull(mu, {})
-    sent = content.array_records["correction"].to_torch_state_dict()
+    said_of = arrays_of(content)["correction"].to_torch_state_dict()
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
     room = FARTHEST / (training.learning_rate * training.steps)
-    sent = {n: v for n, v in sent.items() if n not in dict(model.named_buffers())}
+    sent = {n: v for n, v in said_of.items() if n not in dict(model.named_buffers())}
     for name, value in sent.items():
         fits = name in weights and value.shape == weights[name].shape and value.is_floating_point()
         if not fits or not bool((value.abs() <= room).all()):
