@@ -78,10 +78,15 @@ def check(accord: AccordFile) -> None:
     from rich.text import Text
 
     from fedaccord import accord as accords
-    from fedaccord import tasks
+    from fedaccord import registry, tasks
 
     agreed = accords.load(accord)
     tasks.check_fits(agreed, tasks.task_of(agreed, accords.find(accord).parent))
+    plain = agreed.strategy.name == "fedavg" and not agreed.strategy.options
+    if agreed.strategy.name in registry.STRATEGIES and not plain:  # another's may not be here
+        from fedaccord.strategies import seam  # slow: it imports Flower
+
+        seam.driver_for(agreed)
     table = Table("key", "value", title=f"accord {agreed.name}", title_justify="left")
     for key, value in _flat(agreed.model_dump(mode="json"), ""):
         table.add_row(Text(key), Text(str(value)))  # an accord's own words are no markup

@@ -265,9 +265,11 @@ def test_ctrl_c_says_where_the_finished_rounds_are(tmp_path: Path) -> None:
     [
         ('name = "va"', 'name = "vaa"', 'no site "vaa". Did you mean "va"?'),
         ('["sex"]', '["gender"]', 'no attribute "gender". Known: sex.'),
+        ('["sex"] }', '["sex"] }\nstrategy = { name = "krum" }', "Set rounds.min_sites to 5"),
+        ('["sex"] }', '["sex"] }\nstrategy = { options = { et = 1 } }', "Known: none"),
     ],
 )
-def test_check_holds_an_accord_to_its_task(
+def test_check_holds_an_accord_to_its_task_and_its_strategy(
     old: str, new: str, words: str, tmp_path: Path, called: Call
 ) -> None:
     (tmp_path / "tiny.toml").write_text(TINY.replace(old, new))
