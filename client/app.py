@@ -147,11 +147,11 @@ def train_round(site: Site, message: Message) -> RecordDict:
     peers = site.ledger.witness(_heads(site, message))[:MOST_HEADS]
     payload = stored_release(site, run, number)
     wants_loss = message.content.config_records["config"].get("wants") == "train-loss"
-    if wants_loss and site.plan is not None:
+    if wants_loss and (site.plan is not None or "training loss" not in site.policy.releases):
         raise PolicyError(
-            "metrics",
-            f"Site {site.name} does not send its training loss under privacy: no noise covers it. "
-            "Choose a strategy that needs none.",
+            "releases",
+            f"Site {site.name} does not send its training loss: no noise covers it, and under "
+            "privacy, or where its policy does not name it, it stays. Choose another strategy.",
         )
     if payload is None:
         model = site.model("model", message.content.array_records["arrays"])
@@ -159,7 +159,7 @@ def train_round(site: Site, message: Message) -> RecordDict:
             local.put_back(model, site.folder, run, number)
             train.refuse_weights(model)
         pull = pull_of(message.content, model, site.accord.training)
-        what = "update and training loss" if wants_loss else "update"
+        what = "weights and training loss" if wants_loss else "weights"
         payload = train_and_record(site, model, run, number, peers, pull=pull, what=what)
     content = _reply(site, run=run, round=number)
     if wants_loss:
@@ -233,7 +233,7 @@ def train_and_record(
     peers: Iterable[Head] = (),
     entropy: Callable[[], Source] = OsSource,
     pull: Pull = NOTHING,
-    what: str = "update",
+    what: str = "weights",
 ) -> bytes:
     """Use a slot, train, store the update, and only then record its release.
 

@@ -103,7 +103,7 @@ class SitePolicy(Table):
     releases: list[Release] = Field(
         default=[],
         description='what may leave: "weights" (covered by the plan), "group counts" (exact, '
-        "not covered); an accord needs both",
+        'not covered); an accord needs both, and "training loss" (not covered) where it says so',
     )
     min_cell: int = Field(
         default=10, ge=1, description="fewest subjects that a group needs for a figure"

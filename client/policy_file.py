@@ -14,7 +14,7 @@ from tomlkit.items import Array
 
 from fedaccord.accord import Accord
 from fedaccord.client.policy import SitePolicy, second_head
-from fedaccord.client.policy_rules import RELEASES
+from fedaccord.client.policy_rules import needed
 from fedaccord.errors import PolicyError
 from fedaccord.evidence import write_atomic
 from fedaccord.privacy.plan import plan_for
@@ -99,7 +99,7 @@ def simulated(folder: Path, accord: Accord) -> dict[str, Any]:
         "min_records": min(s.records or s.subjects for s in here),
         "models": sorted(models),
         "max_parameters": 10**9,
-        "releases": list(RELEASES),
+        "releases": needed(accord),
         "min_cell": accord.fairness.min_group,
     }
 

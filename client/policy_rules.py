@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, time
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from fedaccord.accord import Accord, SiteSection
 from fedaccord.faults import toml
@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from fedaccord.client.policy import SitePolicy
 
 KINDS = ("join", "reserve", "train", "evaluate")
-Release = Literal["weights", "group counts"]
-RELEASES = get_args(Release)  # every accord trains and audits, so it needs both
+Release = Literal["weights", "group counts", "training loss"]
+WEIGH_BY_LOSS = ("qfedavg",)  # strategies that ask sites for their training loss
+
+
+def needed(accord: Accord) -> list[Release]:
+    """List what an accord has a site release: every one trains and audits."""
+    by_loss = accord.strategy.name in WEIGH_BY_LOSS
+    return ["weights", "group counts", *(["training loss"] if by_loss else [])]  # type: ignore[list-item]
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def _max_parameters(asked: Asked) -> str:
 
 
 def _releases(asked: Asked) -> str:
-    missing = [toml(what) for what in RELEASES if what not in asked.policy.releases]
+    missing = [toml(what) for what in needed(asked.accord) if what not in asked.policy.releases]
     if not missing:
         return ""
     return (

@@ -323,15 +323,19 @@ def _entries(folder: Path, name: str) -> list[Entry]:
 
 def _leaves(agreed: Accord, plan: Plan | None) -> list[str]:
     """List what leaves the site, each with what covers it."""
+    from fedaccord.client.policy_rules import needed
+
     rounds = _count(agreed.reserved_rounds, "round")
     covered = "not covered: privacy is off"
     if plan:
         covered = "covered by the plan above"
         if agreed.privacy.unit == "client":
             covered = "not covered against the coordinator, which adds the noise"
+    by_loss = "training loss" in needed(agreed)
     models = "the model and the student" if agreed.distillation.enabled else "the model"
     return [
         f"weights, in at most {rounds}: {covered}",
+        *(["training loss, as often: exact, not covered"] if by_loss else []),
         f"group counts: evaluation subjects by {', '.join(agreed.fairness.attributes)}, label and "
         f"prediction of {models}, in every round: exact, not covered",
         "the ledger, which holds no record and no count: not covered",

@@ -148,7 +148,8 @@ def _leaves(tables: dict[str, Any], path: str = "") -> list[tuple[str, str, Any]
         elif path in ("task.inputs", "task.attributes"):  # a column each, of any name
             out += [(f"{key}.{k}", f"{path}.{k}", v) for k, v in value.items() if v is not None]
         elif name == "options":
-            out += [(f"{key}.{option}", key, value[option]) for option in value]
+            named = [(f"{key}.{option}", key, value[option]) for option in value]
+            out += named or [(key, key, None)]
         elif isinstance(value, dict):
             out += _leaves(value, key)
         else:

@@ -12,7 +12,7 @@ NOT_COVERED = "not covered"
 
 # ledger kind -> (name, what is in it)
 KINDS = {
-    "RELEASE": ("update", "what the site's training added to the model in a round"),
+    "RELEASE": ("weights", "what the site's training added to the model's weights in a round"),
     "COUNTS": (
         "group counts",
         "evaluation subjects by group, label and prediction, for each model, after a round",

@@ -68,7 +68,7 @@ def centred_clip(updates: Floats, centre: Floats, radius: float | None, iteratio
 
 
 class CentredClipping(FedAvg):
-    """Centred clipping, by default of mixed updates, around the last round's aggregate.
+    """Centred clipping around the last round's aggregate, of mixed updates where that is asked for.
 
     The centre is the last aggregate as it is; nothing decays. In the paper, history enters twice:
     as the centre, and as momentum that each worker keeps. A site's momentum would have to outlive a

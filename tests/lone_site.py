@@ -1,7 +1,8 @@
-"""One site with records of a test's choice, and the messages that a coordinator sends it."""
+"""One site with records of a test's choice and a coordinator's messages to it; small whole runs."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from fedaccord.client import app, diary, policy
 from fedaccord.client.site import Site
 from fedaccord.models.build import agreed, trained
 from fedaccord.privacy.ledger import Ledger
+from fedaccord.reports.report import write_report
+from fedaccord.simulations import engine
 from fedaccord.simulations.engine import InProcessGrid
 from fedaccord.simulations.heart import Heart
 from fedaccord.tasks import Records, SiteData
 
 WIDTH = len(Heart.spec.features)
 NAME = "cleveland"
+SITES = ["cleveland", "va"]  # of the accord that `written` writes
 
 
 def accord_of(private: bool = False, **tables: Any) -> Accord:
@@ -101,3 +105,43 @@ def asked(
 def sent(reply: RecordDict) -> dict[str, np.ndarray[Any, Any]]:
     """The update in a reply."""
     return {name: array.numpy() for name, array in reply.array_records["arrays"].items()}
+
+
+def written(folder: Path, **tables: Any) -> Path:
+    """An accord's file, two hospitals and two rounds."""
+    data = small_accord() | {
+        "sites": [{"name": name, "subjects": 100} for name in SITES],
+        "model": {"name": "cnn1d", "options": {"channels": 2, "kernel": 3}},
+        "rounds": {"rounds": 2},
+        "distillation": {"enabled": False},
+    }
+    data["privacy"] = data["privacy"] | {"enabled": False}
+    for table, keys in tables.items():
+        data[table] = data[table] | keys
+    folder.mkdir(exist_ok=True)
+    (folder / "accord.toml").write_text("".join(f"{k} = {toml(v)}\n" for k, v in data.items()))
+    return folder / "accord.toml"
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value)
+
+
+def run_of(folder: Path, **tables: Any) -> tuple[Path, list[bytes]]:
+    """A finished run, and the bytes of every reply in it."""
+    replies: list[bytes] = []
+
+    def note(reply: Message) -> None:
+        for record in reply.content.values():
+            for name, value in record.items():
+                raw = value.data if hasattr(value, "data") else str(value).encode()
+                replies.append(name.encode() + b"=" + bytes(raw))
+
+    run = folder / "run"
+    engine.simulate(written(folder, **tables), run, folder / "sites", 2, note)
+    write_report(run)
+    return run, replies

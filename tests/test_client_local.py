@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, Message, RecordDict
-from lone_site import accord_of, asked, initial, opened, sent, some
+from lone_site import SITES, accord_of, asked, initial, opened, sent, some, written
 from safetensors import numpy as safetensors
 from safetensors import torch as safetensors_torch
 from wards import Call, Silent, plan, small_accord
@@ -29,7 +29,7 @@ from fedaccord.tasks import Records
 
 torch.set_num_threads(1)  # as a site does for a small model
 NORMS = {"local": ["2."]}  # the GroupNorm of the small CNN, as in FedBN
-STAY, SITES = ["2.weight", "2.bias"], ["cleveland", "va"]
+STAY = ["2.weight", "2.bias"]
 
 
 def kept(folder: Path, number: int, run: str = "a") -> dict[str, torch.Tensor]:
@@ -41,27 +41,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def written(folder: Path, private: bool, model: dict[str, Any]) -> Path:
+def small(folder: Path, private: bool, model: dict[str, Any]) -> Path:
     """An accord's file, two hospitals and two rounds."""
-    data = small_accord() | {
-        "sites": [{"name": name, "subjects": 100} for name in SITES],
-        "model": {"name": "cnn1d", "options": {"channels": 2, "kernel": 3}} | model,
-        "rounds": {"rounds": 2},
-        "distillation": {"options": {"hidden": 2}, "steps": 2, "enabled": not private},
-    }
-    data["privacy"] = data["privacy"] | {"enabled": private}
-    path = folder / "accord.toml"
-    folder.mkdir(exist_ok=True)
-    path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in data.items()))
-    return path
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value)
+    student = {"options": {"hidden": 2}, "steps": 2, "enabled": not private}
+    return written(folder, model=model, privacy={"enabled": private}, distillation=student)
 
 
 # --- a whole run ---------------------------------------------------------------------------------
@@ -79,7 +62,7 @@ def test_a_run_ends_and_verifies_and_nothing_that_travels_holds_the_layers(
 
     run = tmp_path / "run"
     model = NORMS if private else NORMS | {"frozen": ["1.bias"]}
-    engine.simulate(written(tmp_path, private, model), run, tmp_path / "sites", 2, look)
+    engine.simulate(small(tmp_path, private, model), run, tmp_path / "sites", 2, look)
     write_report(run)
     assert [fault for check in verify(run) for fault in check.faults] == []
     travels = {"1.weight", "1.bias", "5.weight", "5.bias"} - set(model.get("frozen", []))
@@ -279,7 +262,7 @@ def test_layers_that_ran_away_are_refused_before_a_slot_is_used(tmp_path: Path) 
 def test_a_start_that_names_nothing_or_all_is_refused_in_one_line(
     tmp_path: Path, called: Call, stay: list[str], words: str
 ) -> None:
-    file = written(tmp_path, False, {"local": stay})
+    file = small(tmp_path, False, {"local": stay})
     code, _, err = called("simulate", file, "--out", tmp_path / "runs")
     assert code == 2
     assert words in err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message
-from lone_site import NAME, accord_of, asked, initial, opened, sent, some
-from safetensors import safe_open
+from flwr.app import Array, ArrayRecord
+from lone_site import NAME, SITES, accord_of, asked, initial, opened, run_of, sent, some
 from safetensors import torch as safetensors
 from torch.nn import functional
-from wards import Call, Silent, small_accord
+from wards import Silent, small_accord
 
 from fedaccord import accord as accords
 from fedaccord.client import app, local, personal
 from fedaccord.client.site import Site
-from fedaccord.errors import AccordError
-from fedaccord.evidence import sha256
 from fedaccord.models.build import trained
-from fedaccord.privacy.ledger import Ledger
-from fedaccord.reports import limits, reading
-from fedaccord.reports.report import write_report
 from fedaccord.reports.verify import verify
-from fedaccord.simulations import engine
 from fedaccord.tasks import Records
 
 torch.set_num_threads(1)  # as a site does for a small model
-SITES = ["cleveland", "va"]
 ON = {"personal": 0.5}
 
 
@@ -57,47 +48,7 @@ def diary_of(site: Site) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def written(folder: Path, **tables: Any) -> Path:
-    """An accord's file, two hospitals and two rounds."""
-    data = small_accord() | {
-        "sites": [{"name": name, "subjects": 100} for name in SITES],
-        "model": {"name": "cnn1d", "options": {"channels": 2, "kernel": 3}},
-        "rounds": {"rounds": 2},
-        "distillation": {"enabled": False},
-    }
-    data["privacy"] = data["privacy"] | {"enabled": False}
-    for table, keys in tables.items():
-        data[table] = data[table] | keys
-    folder.mkdir(exist_ok=True)
-    (folder / "accord.toml").write_text("".join(f"{k} = {toml(v)}\n" for k, v in data.items()))
-    return folder / "accord.toml"
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value)
-
-
 # --- it never feeds what is released -------------------------------------------------------------
-
-
-def run_of(folder: Path, **tables: Any) -> tuple[Path, list[bytes]]:
-    """A finished run, and the bytes of every reply in it."""
-    replies: list[bytes] = []
-
-    def note(reply: Message) -> None:
-        for record in reply.content.values():
-            for name, value in record.items():
-                raw = value.data if hasattr(value, "data") else str(value).encode()
-                replies.append(name.encode() + b"=" + bytes(raw))
-
-    run = folder / "run"
-    engine.simulate(written(folder, **tables), run, folder / "sites", 2, note)
-    write_report(run)
-    return run, replies
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +272,7 @@ def accord_with(strength: float) -> accords.Accord:
         "sites": [{"name": NAME, "subjects": 40}],
         "model": {"name": "mlp", "options": {"hidden": 2}},
         "rounds": {"rounds": 4},
-        "training": {"steps": 250, "learning_rate": 0.5, "personal": strength},
+        "training": {"steps": 120, "learning_rate": 0.5, "personal": strength},
         "privacy": {"enabled": False, "sampling_prob": 1.0},
     }
     return accords.parse(data)
@@ -362,163 +313,3 @@ def test_with_layers_that_stay_it_has_layers_of_its_own_and_is_pulled_to_the_sit
     assert {"2.weight", "2.bias"} <= found.weights.keys()
     drift = found.weights["2.weight"] - initial(accord).state_dict()["2.weight"]
     assert drift.mean().item() == pytest.approx(0.25, abs=0.15)
-
-
-# --- taking it out -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def there(tmp_path: Path, runs: dict[str, tuple[Path, list[bytes]]]) -> tuple[Path, str]:
-    """A copy of a site's folder after a run, and the run's id."""
-    run, _ = runs["with"]
-    sites = tmp_path / "sites"
-    shutil.copytree(run.parent / "sites", sites)
-    return sites / "va", run.name
-
-
-def entries(site: Path) -> list[dict[str, Any]]:
-    book = Ledger(site / "ledger.sqlite", site.name)
-    try:
-        return book.entries()
-    finally:
-        book.close()
-
-
-def test_an_export_is_on_record_first_and_says_what_it_means(
-    tmp_path: Path, there: tuple[Path, str], called: Call
-) -> None:
-    site, run = there
-    before, out = entries(site), tmp_path / "mine.safetensors"
-    code, said, err = called("site", "personal", site, run, "--out", out)
-    assert (code, err) == (0, "")
-    assert "No epsilon covers this file" in said
-    assert "without noise" in said
-    *old, new = entries(site)
-    assert old == before
-    assert (new["kind"], new["run"], new["covers"]) == ("PERSONAL", run, "not covered")
-    assert new["what"] == "personal model"
-    assert new["bytes"] == out.stat().st_size
-    assert stat.S_IMODE(out.stat().st_mode) == 0o600
-    held = personal.find(site, run)
-    exported = safetensors.load(out.read_bytes())
-    assert all(torch.equal(exported[k], v) for k, v in held.weights.items())
-    code, said, _ = called("ledger", "show", site)
-    assert f"{new['seq']} PERSONAL personal model: not covered" in said
-    code, _, _ = called("ledger", "verify", site)
-    assert code == 0
-
-
-def test_the_ledgers_hash_of_an_export_tells_nothing_to_who_guesses_the_model(
-    tmp_path: Path, there: tuple[Path, str], called: Call
-) -> None:
-    site, run = there
-    hashes = []
-    for name in ("one", "two"):
-        called("site", "personal", site, run, "--out", tmp_path / name)
-        hashes.append(entries(site)[-1]["sha256"])
-        assert hashes[-1] == sha256((tmp_path / name).read_bytes())  # who holds the file can tell
-    assert hashes[0] != hashes[1]
-    assert sha256(personal.find(site, run).to_bytes()) not in hashes
-
-
-def test_runs_before_and_after_an_export_verify(
-    tmp_path: Path, runs: dict[str, tuple[Path, list[bytes]]], called: Call
-) -> None:
-    run, _ = runs["with"]
-    folder = tmp_path / "copy"
-    shutil.copytree(run.parent, folder)
-    site = folder / "sites" / "va"
-    code, _, _ = called("site", "personal", site, run.name, "--out", tmp_path / "mine")
-    assert code == 0
-    later = folder / "later"
-    engine.simulate(folder / "accord.toml", later, folder / "sites", 2)
-    for found in (folder / "run", later):
-        assert [fault for check in verify(found) for fault in check.faults] == []
-    assert "PERSONAL" in [e["kind"] for e in reading.read(later).ledgers["va"]]
-
-
-def test_an_export_before_a_runs_end_is_among_what_left_the_sites(
-    tmp_path: Path, there: tuple[Path, str], called: Call, runs: Any
-) -> None:
-    site, run = there
-    called("site", "personal", site, run, "--out", tmp_path / "mine")
-    folder = tmp_path / "run"
-    shutil.copytree(runs["with"][0], folder)
-    called("ledger", "export", site, "--out", folder / "ledgers" / "va.jsonl")
-    (row,) = [r for r in limits.releases(reading.read(folder)) if r["what"] == "personal model"]
-    assert row["covered"] == "not covered"
-    assert row["sites"] == [
-        {
-            "site": "va",
-            "count": 1,
-            "size": (tmp_path / "mine").stat().st_size,
-            "unit": "bytes",
-            "record": "ledger/va",
-        }
-    ]
-
-
-def test_with_its_accord_the_frozen_weights_are_written_as_well(
-    tmp_path: Path, called: Call
-) -> None:
-    accord = written(tmp_path, training=ON, model={"frozen": ["1."]}, rounds={"rounds": 1})
-    engine.simulate(accord, tmp_path / "run", tmp_path / "sites", 2)
-    site, out = tmp_path / "sites" / "va", tmp_path / "mine"
-    assert called("site", "personal", site, "run", "--out", out, "--accord", accord)[0] == 0
-    agreed = accords.load(accord)
-    model = initial(agreed)
-    model.load_state_dict(safetensors.load(out.read_bytes()))  # strictly: nothing is missing
-    with safe_open(out, "pt") as file:
-        assert file.metadata()["accord"] == agreed.digest
-    code, _, err = called(
-        "site", "personal", site, "run", "--out", tmp_path / "b", "--accord", "heart"
-    )
-    assert (code, err.count("\n")) == (2, 1)
-    assert "and run run was of accord" in err
-    assert not (tmp_path / "b").exists()
-
-
-def test_a_mistake_ends_with_one_line_and_writes_nothing(
-    tmp_path: Path, there: tuple[Path, str], called: Call
-) -> None:
-    site, run = there
-    before, out = entries(site), tmp_path / "mine"
-    taken = tmp_path / "taken"
-    taken.write_text("mine")
-    damaged = tmp_path / "damaged" / "va"
-    shutil.copytree(site, damaged)
-    personal.path_of(damaged, run).write_bytes(b"none of ours")
-    for words, said in (
-        ((site, "other", "--out", out), "holds no personal model of run 'other'. It holds those"),
-        ((site, "../personal/" + run, "--out", out), "holds no personal model of run"),
-        ((site.parent / "none", run, "--out", out), "It holds none: training.personal"),
-        ((site, run, "--out", taken), "is there already. Name a file that is not."),
-        ((damaged, run, "--out", out), "is damaged"),
-        ((site, run, "--out", out, "--accord", "nowhere.toml"), "no such file"),
-        ((site, run), "Missing option '--out'"),
-    ):
-        code, _, err = called("site", "personal", *words)
-        assert (code, err.count("\n")) == (2, 1), err
-        assert said in err
-        assert not out.exists()
-    assert taken.read_text() == "mine"
-    assert entries(site) == before
-
-
-# --- the key -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "rate", "words"),
-    [
-        (-0.1, 0.5, "training.personal"),
-        (101.0, 0.001, "training.personal"),
-        (3.0, 0.5, "training.personal = 3 times training.learning_rate = 0.5 is above 1"),
-    ],
-)
-def test_a_pull_out_of_bounds_is_refused_in_one_line(value: float, rate: float, words: str) -> None:
-    with pytest.raises(AccordError) as fault:
-        accord_of(training={"personal": value, "learning_rate": rate})
-    assert words in str(fault.value)
-    assert "\n" not in str(fault.value)
-    assert accord_of(training={"personal": 2.0, "learning_rate": 0.5}).training.personal == 2.0

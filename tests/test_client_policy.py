@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedaccord import accord as accords
-from fedaccord.client import policy, policy_file
+from fedaccord.client import policy, policy_file, policy_rules
 from fedaccord.client.policy import SitePolicy
 from fedaccord.errors import PolicyError
 
@@ -195,7 +195,7 @@ def test_the_docs_have_every_key_with_the_value_that_holds_where_it_is_left_out(
         ),
         (CAP + "approved = 3", ["approved = 3 must be a list in [ ]."]),
         (CAP + 'approved = ["b67a"]', ['"b67a" is no digest of an accord']),
-        (CAP + 'releases = ["losses"]', ['releases[number 1] = "losses" must be "weights" or']),
+        (CAP + 'releases = ["losses"]', ['releases[number 1] = "losses" must be "weights"']),
         (CAP + 'models = [" "]', ['models[number 1]: " " is empty. Fill it in']),
         (CAP + 'hours = "8-17"', ['hours = "8-17" must be two different times of day']),
         (CAP + 'hours = "08:00-08:00"', ['hours = "08:00-08:00" must be two different']),
@@ -334,3 +334,12 @@ def test_a_policy_that_is_not_valid_is_not_edited(tmp_path: Path) -> None:
         with pytest.raises(PolicyError, match='key "max_epsilon" is missing'):
             edit()
     assert path.read_text() == "approved = []\n"
+
+
+def test_an_accord_that_weighs_sites_by_their_loss_needs_a_policy_that_names_it() -> None:
+    by_loss = accords.parse(
+        agreed().model_dump(mode="json")
+        | {"strategy": {"name": "qfedavg"}, "privacy": {"enabled": False, "sampling_prob": 0.1}}
+    )
+    assert policy_rules.needed(by_loss) == ["weights", "group counts", "training loss"]
+    assert policy_rules.needed(agreed()) == ["weights", "group counts"]

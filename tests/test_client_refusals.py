@@ -115,7 +115,9 @@ def test_a_node_that_is_told_which_site_it_is_takes_part_in_nothing_without_a_po
     agreed = agree(tmp_path)
     grid = InProcessGrid(app, 1, {"accord": str(tmp_path / "small.toml"), "sites": str(tmp_path)})
     (node,) = grid.get_node_ids()
-    grid._contexts[node].node_config = {"site": SITE}
+    context = grid._context(node)
+    context.node_config = {"site": SITE}
+    grid._context = lambda _: context  # type: ignore[method-assign]
     asked = ConfigRecord({"run": "a", "accord": agreed.digest, "server-round": 1})
     for kind in ("query.join", "query.reserve", "query.ledger", "train", "evaluate"):
         content = RecordDict({"config": asked, "arrays": ArrayRecord()})

@@ -289,14 +289,14 @@ def test_a_dropped_reply_a_failed_round_and_a_silent_site_are_on_the_report(
 
     records = {record["id"]: record for record in RunFolder.open(run).records()}
     records["round-3"]["replies"]["va"] = {"accepted": False, "reason": hostile}
-    records["round-3"] |= {"aggregated": [], "weights": {}, "audit": None}
+    records["round-3"] |= {"aggregated": [], "weights": {}, "audit": None, "failed": "too few"}
     records["round-4"]["audit"]["not_counted"] = {"va": "no answer"}
     (run / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records.values()))
     text = write_report(run).read_text(encoding="utf-8")
     found = content_of(run)["incidents"]
     row = {"round": 3, "site": "va", "reason": hostile, "record": "round-3"}
     assert found["dropped"] == [row]
-    assert found["failed"] == [{"round": 3, "accepted": 3, "record": "round-3"}]
+    assert found["failed"] == [{"round": 3, "reason": "too few", "record": "round-3"}]
     assert found["not_counted"][0]["site"] == "va"
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
