@@ -35,7 +35,7 @@ from fedaccord.runs import RunFolder
 from fedaccord.server import checkpoint, distillation
 from fedaccord.simulations import engine
 from fedaccord.strategies.client_level import refuse_state
-from fedaccord.strategies.updates import Weights, moved, to_weights
+from fedaccord.strategies.updates import Weights, flat, moved, to_weights
 from fedaccord.tasks import load_task
 
 ALPHA = 2e-6
@@ -128,10 +128,6 @@ class Seen:
         return [json.loads(line) for line in lines.splitlines()]
 
 
-def flat(weights: Weights, like: Weights) -> np.ndarray:
-    return np.concatenate([weights[name].astype(np.float64).ravel() for name in like])
-
-
 def run_towns(folder: Path, adaptive: str = "") -> Seen:
     """Run the towns, and note every update as it arrives."""
     sites = ", ".join(f'{{ name = "{name}", subjects = 40 }}' for name in TOWNS)
@@ -158,7 +154,7 @@ def run_towns(folder: Path, adaptive: str = "") -> Seen:
         change = to_weights(reply.content.array_records["arrays"])
         seen.sent.append(change)
         site = str(reply.content.config_records["config"]["site"])
-        seen.updates[-1][site] = flat(change, base)
+        seen.updates[-1][site] = flat({name: change[name] for name in base})
 
     log, root = io.StringIO(), logging.getLogger()
     handler = logging.StreamHandler(log)
@@ -208,7 +204,7 @@ def residuals(seen: Seen) -> np.ndarray:
         updates = list(seen.updates[number].values())
         with np.errstate(invalid="ignore"):
             total, _ = clipped_sum(updates, updates[0].size, said["clipping_norm"])
-        moved = flat(seen.models[number + 1], base) - flat(base, base)
+        moved = flat(seen.models[number + 1]) - flat(base)
         out.append((moved * ASKED - total) / said["noise_stddev"])
     return np.concatenate(out)
 
