@@ -182,7 +182,7 @@ FAULTS = [
         "training.learnig_rate",
         0.1,
         'key "training.learnig_rate" is not known. Did you mean "learning_rate"? Known here: '
-        "steps, optimizer, learning_rate, momentum, views, augmentation.",
+        "steps, optimizer, learning_rate, momentum, views, augmentation, personal.",
     ),
     ("privacy.epsilon", 3.0, 'Did you mean "max_epsilon"?'),
     ("seeed", 1, 'key "seeed" is not known. Did you mean "seed"?'),

@@ -40,8 +40,7 @@ from fedaccord.tasks import load_task
 
 ALPHA = 2e-6
 TOWNS = [f"town-{n:02d}" for n in range(30)]
-UNREADABLE, NOT_FINITE = TOWNS[3], TOWNS[7]
-ASKED = 26
+UNREADABLE, NOT_FINITE, ASKED = TOWNS[3], TOWNS[7], 26
 
 # Thirty towns whose records follow one rule with noise; one cannot be read, one holds NaN.
 TASK = f"""
@@ -204,8 +203,8 @@ def residuals(seen: Seen) -> np.ndarray:
         updates = list(seen.updates[number].values())
         with np.errstate(invalid="ignore"):
             total, _ = clipped_sum(updates, updates[0].size, said["clipping_norm"])
-        moved = flat(seen.models[number + 1]) - flat(base)
-        out.append((moved * ASKED - total) / said["noise_stddev"])
+        after = {name: seen.models[number + 1][name] for name in base}
+        out.append(((flat(after) - flat(base)) * ASKED - total) / said["noise_stddev"])
     return np.concatenate(out)
 
 
