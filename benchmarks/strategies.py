@@ -326,13 +326,13 @@ def statements(task: str, quick: bool) -> list[str]:
 
 def notes(results: Results) -> list[str]:
     """Say why figures are missing or rest on fewer rounds."""
-    found: dict[str, None] = {}
+    found: dict[str, dict[str, None]] = {}
     for case, outcomes in (both for rows in results.values() for r in rows.values() for both in r):
         for outcome in outcomes:
             if outcome.note:
-                where = f"{case.task}, {case.strategy}, epsilon {level(case.epsilon)}"
-                found[f"{where}: {outcome.note}"] = None
-    return list(found)
+                what = f"{case.task}, {case.strategy}: {outcome.note}"
+                found.setdefault(what, {})[level(case.epsilon)] = None
+    return [f"{what} (epsilon {', '.join(levels)})" for what, levels in found.items()]
 
 
 def work(asked: argparse.Namespace, progress: Progress) -> Results:
@@ -379,7 +379,7 @@ def main() -> None:
              TextColumn("left:"), TimeRemainingColumn())  # fmt: skip
     with Progress(*shown, console=Console(stderr=True), transient=True) as progress:
         results = work(asked, progress)
-    console = Console(width=150)
+    console = Console(width=170)
     console.print(report(results))
     console.print(
         "Mean +- standard deviation over runs; epsilon none: no privacy. Not covered: the"

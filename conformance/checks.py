@@ -9,7 +9,6 @@ import dp_accounting
 import numpy as np
 from dp_accounting.pld import PLDAccountant
 from flwr.app import Message
-from safetensors import torch as safetensors
 
 from fedaccord.conformance import site
 from fedaccord.conformance.runs import Lab
@@ -17,6 +16,8 @@ from fedaccord.evidence import sha256
 from fedaccord.privacy import audit
 from fedaccord.privacy.audit import ALPHA
 from fedaccord.privacy.noise import Floats
+from fedaccord.strategies.encoding import wire_bytes
+from fedaccord.strategies.updates import arrays_of
 
 # What a reply to training may hold beside the weights.
 SAID = {"site", "run", "round", "head"}
@@ -263,8 +264,7 @@ def _unrecorded(
     if extra := said - SAID:
         return f"the reply also holds {', '.join(sorted(extra))}"
     if kind == "train":
-        arrays = content.array_records["arrays"].to_torch_state_dict()
-        digest = sha256(safetensors.save({k: v.contiguous() for k, v in arrays.items()}))
+        digest = sha256(wire_bytes(arrays_of(content)))
         held = [e.get("sha256") for e in entries if e["kind"] == "RELEASE"]
         if held != [digest]:
             return f"{len(held)} RELEASE entries, none of the bytes sent" if held else "no RELEASE"
