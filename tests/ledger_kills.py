@@ -166,13 +166,11 @@ def fingerprint(arrays):
 
 def check(folder, kills):
     """List what is wrong with a site's ledger after so many kills."""
-    from flwr.app import ArrayRecord
-    from safetensors import torch as safetensors
-
     from fedaccord.evidence import sha256
     from fedaccord.privacy.chain import Chain
     from fedaccord.privacy.second import SecondPlace
     from fedaccord.privacy.store import Store
+    from fedaccord.strategies.encoding import records_of
 
     site, notes, wrong = folder / "sites" / "cleveland", Notes(folder / "notes"), []
     if not site.exists():
@@ -201,7 +199,7 @@ def check(folder, kills):
         wrong.append("two releases with different bytes for one round")
     for number, sha in sent:
         payload = stored[number].read_bytes()
-        same = fingerprint(ArrayRecord(torch_state_dict=safetensors.load(payload))) == sha
+        same = fingerprint(records_of(payload)["arrays"]) == sha
         if not same or releases.get(number) != sha256(payload):
             wrong.append(f"round {number} was sent and is not what the ledger has")
     lost = len(rounds["INTENT"]) - len(rounds["RELEASE"])
@@ -262,12 +260,12 @@ def read_before_intent():
 
     right = app.train_and_record
 
-    def early(site, *rest):
+    def early(site, *rest, **more):
         counting = sys.gettrace()
         sys.settrace(None)  # the moments stay those of the right order
         site.task.site(site.name)
         sys.settrace(counting)
-        return right(site, *rest)
+        return right(site, *rest, **more)
 
     app.train_and_record = early
 
