@@ -18,6 +18,7 @@ from fedaccord.privacy.plan import Plan, plan_for
 from fedaccord.runs import RunFolder
 from fedaccord.server import admission, checkpoint, distillation, records, resume
 from fedaccord.server.door import Door
+from fedaccord.server.drowned import refuse_drowned
 from fedaccord.server.heads import Heads
 from fedaccord.server.mail import Mail
 from fedaccord.server.rounds import Coordinator
@@ -47,6 +48,7 @@ def main(grid: Grid, context: Context) -> None:
     task = task_of(accord, accords.find(where).parent.resolve())
     check_fits(accord, task)
     model, student = initial(accord, task)
+    refuse_drowned(accord, sum(p.numel() for p in model.parameters() if p.requires_grad))
     driver_for(accord)  # a strategy that cannot be made is refused before anybody reserves
     devices.settle(parameter_count(model))
     mail, past, run = Mail(grid), None, str(context.run_config.get("run", ""))
