@@ -229,6 +229,11 @@ def _incidents(evidence: Evidence) -> Row:
             {"site": record["site"], "reason": record["reason"], "record": record["id"]}
             for record in evidence.kind("out")
         ],
+        "joined": [
+            {"round": _rounds_before(evidence, plan), "site": plan["site"], "record": plan["id"]}
+            for plan in evidence.kind("plan")
+            if plan["site"] in {out["site"] for out in evidence.kind("out")}
+        ],
         "dropped": [
             {"round": r["round"], "site": site, "reason": reason, "record": r["id"]}
             for r in rounds
@@ -271,3 +276,9 @@ def _incidents(evidence: Evidence) -> Row:
             for site, reason in sorted((r["audit"] or {}).get("not_counted", {}).items())
         ],
     }
+
+
+def _rounds_before(evidence: Evidence, record: Row) -> int:
+    """Count the rounds that stand before a record."""
+    place = evidence.records.index(record)
+    return sum(before["kind"] == "round" for before in evidence.records[:place])

@@ -125,7 +125,7 @@ class Driver:
             sites = [update.site for update in found]
             replies = [self._reply(update, model) for update in found]
         if len(sites) < quorum:
-            return Outcome(None, (), {}, f"{len(sites)} accepted updates, {quorum} are needed")
+            return Outcome(None, (), {}, f"accepted updates: {len(sites)}, {quorum} are needed")
         try:
             arrays, said = self.strategy.aggregate_train(number, replies)
         except Exception as fault:  # whatever another's code raises; no round of it can count

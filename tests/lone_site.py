@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from wards import small_accord
+from wards import small_accord, toml
 
 from fedaccord import accord as accords
 from fedaccord.accord import Accord
@@ -121,14 +120,6 @@ def written(folder: Path, **tables: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "accord.toml").write_text("".join(f"{k} = {toml(v)}\n" for k, v in data.items()))
     return folder / "accord.toml"
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value)
 
 
 def run_of(folder: Path, **tables: Any) -> tuple[Path, list[bytes]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wards import Call, small_accord
+from wards import Call, faults, small_accord, toml
 
 from fedaccord import accord as accords
 from fedaccord.errors import BudgetError, EvidenceError
 from fedaccord.privacy.ledger import Ledger
-from fedaccord.reports.verify import verify
 from fedaccord.runs import ROUNDS, RunFolder
 from fedaccord.server import checkpoint, resume
 from fedaccord.simulations import engine
@@ -41,14 +39,6 @@ def accord_file(folder: Path, strategy: Record, private: bool = False, **more: A
     path = folder / "accord.toml"
     path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in data.items()))
     return path
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value)
 
 
 def run(folder: Path, accord: Path, again: bool = False) -> Path:
@@ -77,10 +67,6 @@ def weights(run: Path) -> dict[str, bytes]:
         for part in checkpoint.PARTS
         for name, value in getattr(state, part).items()
     }
-
-
-def faults(run: Path) -> list[str]:
-    return [fault for found in verify(run) for fault in found.faults if "report" not in fault]
 
 
 def kinds(folder: Path, *names: str) -> dict[str, list[Any]]:

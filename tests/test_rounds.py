@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from carriers import Asked, Rough, run_over
 from flwr.app import Message
+from wards import toml
 
 from fedaccord import accord as accords
 from fedaccord import registry
@@ -45,14 +46,6 @@ SMALL: Record = {
     "distillation": {"enabled": False},
 }
 PLAIN = {"privacy.enabled": False}
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value)
 
 
 def accord_file(folder: Path, **changes: Any) -> Path:

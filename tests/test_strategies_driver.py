@@ -188,7 +188,7 @@ def test_below_the_quorum_the_strategy_is_not_called(takes: Takes, quorum: int) 
     found = [update("north", 1.0), update("west", 1.0)][: quorum - 1]
     outcome = combined(Driver(strategy, takes), found, quorum=quorum)
     assert outcome.model is None and outcome.sites == () and strategy.replies == []
-    assert outcome.fault == f"{quorum - 1} accepted updates, {quorum} are needed"
+    assert outcome.fault == f"accepted updates: {quorum - 1}, {quorum} are needed"
 
 
 def test_an_update_beyond_its_bound_is_an_error_and_not_a_model() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from carriers import Asked, Fate, Rough, run_over
-from wards import small_accord
+from wards import faults, small_accord, toml
 
 from fedaccord.privacy.ledger import Ledger
-from fedaccord.reports.verify import verify
 from fedaccord.runs import RunFolder
 from fedaccord.simulations import engine
 
@@ -64,18 +62,6 @@ class Ran:
             return [e["round"] for e in book.entries() if e["kind"] == "RELEASE"]
         finally:
             book.close()
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value)
-
-
-def faults(run: Path) -> list[str]:
-    return [fault for found in verify(run) for fault in found.faults if "report" not in fault]
 
 
 def test_a_round_waits_for_a_silent_site_until_its_deadline_and_no_longer(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What tests of a site share: a made-up task, a source without noise, a plan that watches."""
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import nn
 from fedaccord import accord as accords
 from fedaccord.accord import TrainingSection
 from fedaccord.privacy.plan import PrivacyPlan
+from fedaccord.reports.verify import verify
 from fedaccord.tasks import Records, TaskSpec
 
 WIDTH = 13  # odd, so that rows of a batch lie differently in memory
@@ -74,6 +76,20 @@ def plan(**change):
         "delta": 1e-5,
     }
     return Watched(**declared | change)
+
+
+def toml(value):
+    """Write a value of an accord as TOML on one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value)
+
+
+def faults(run):
+    """What `verify` finds in a run, but for a report that was not written."""
+    return [fault for found in verify(run) for fault in found.faults if "report" not in fault]
 
 
 def some(n, seed=0):
