@@ -179,8 +179,11 @@ def take_up(coordinator: Coordinator, past: Past) -> str:
     coordinator.missing, state = past.missing, past.state
     if state is None:
         return ""
-    coordinator.model = state.model
-    coordinator.averaged = state.averaged or None
+    # In the order of the model's own weights, by which strategies number and sum them.
+    order = list(coordinator.model)
+    coordinator.model = {name: state.model[name] for name in order}
+    averaged = state.averaged
+    coordinator.averaged = {name: averaged[name] for name in order} if averaged else None
     if coordinator.student is not None and state.student:
         put(coordinator.student, {k: torch.from_numpy(v) for k, v in state.student.items()})
     coordinator.driver.restore(state.strategy)

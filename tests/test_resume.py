@@ -118,6 +118,17 @@ def test_killed_in_the_middle_of_training_the_resumed_run_gives_the_same_bits(
     assert models(resumed) == models(straight)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedavgm", "centred-clipping"])
+def test_strategies_that_number_or_sum_all_weights_resume_to_the_same_bits(
+    name: str, tmp_path: Path
+) -> None:
+    accord = accord_file(tmp_path / "accord", {"name": name}, rounds={"min_sites": 3})
+    straight = run(tmp_path / "whole", accord)
+    kill(accord, (tmp_path, "invite", 3, "before"))
+    assert models(run(tmp_path, accord, again=True)) == models(straight)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -126,7 +137,7 @@ def test_killed_in_the_middle_of_training_the_resumed_run_gives_the_same_bits(
 def test_every_strategy_resumes_to_the_same_bits(
     name: str, step: str, number: int, when: str, tmp_path: Path
 ) -> None:
-    accord = accord_file(tmp_path / "accord", {"name": name})
+    accord = accord_file(tmp_path / "accord", {"name": name}, rounds={"min_sites": 3})
     straight = run(tmp_path / "whole", accord)
     kill(accord, (tmp_path, step, number, when))
     assert models(run(tmp_path, accord, again=True)) == models(straight)
