@@ -43,6 +43,7 @@ from fedaccord.privacy.client_level import COVERS, ClientPlan
 from fedaccord.privacy.noise import OsSource, Source
 from fedaccord.privacy.plan import PrivacyPlan
 from fedaccord.strategies import encoding
+from fedaccord.strategies.updates import arrays_of, config_of
 from fedaccord.tasks import Records
 
 log = logging.getLogger("fedaccord.site")
@@ -69,7 +70,7 @@ def answer(handler: Callable[[Site, Message], RecordDict]) -> Handler:
             accord = accords.load(str(context.run_config["accord"]))
             name = who(accord, context)
             site = open_site(accord, name, context)
-            asked = message.content.config_records["config"]
+            asked = config_of(message.content)
             try:
                 if asked["accord"] != site.accord.digest:
                     raise AccordError(
@@ -85,7 +86,7 @@ def answer(handler: Callable[[Site, Message], RecordDict]) -> Handler:
             words = str(refusal).replace(f"{home_of(context)}/", "")  # where, is the site's affair
             content = RecordDict({"config": ConfigRecord({"refused": words})})
             if name:
-                content.config_records["config"]["site"] = name
+                content["config"]["site"] = name
         except Exception as fault:
             words = f"internal error; see {diary.NAME} in the site's folder"
             log.error("message %s failed: %s", message.metadata.message_type, words)
@@ -146,7 +147,7 @@ def train_round(site: Site, message: Message) -> RecordDict:
     site.admit("train")
     peers = site.ledger.witness(_heads(site, message))[:MOST_HEADS]
     payload = stored_release(site, run, number)
-    wants_loss = message.content.config_records["config"].get("wants") == "train-loss"
+    wants_loss = config_of(message.content).get("wants") == "train-loss"
     if wants_loss and (site.plan is not None or "training loss" not in site.policy.releases):
         raise PolicyError(
             "releases",
@@ -154,7 +155,7 @@ def train_round(site: Site, message: Message) -> RecordDict:
             "privacy, or where its policy does not name it, it stays. Choose another strategy.",
         )
     if payload is None:
-        model = site.model("model", message.content.array_records["arrays"])
+        model = site.model("model", arrays_of(message.content)["arrays"])
         if isinstance(site.plan, PrivacyPlan):
             local.put_back(model, site.folder, run, number)
             train.refuse_weights(model)
@@ -162,11 +163,12 @@ def train_round(site: Site, message: Message) -> RecordDict:
         what = "weights and training loss" if wants_loss else "weights"
         payload = train_and_record(site, model, run, number, peers, pull=pull, what=what)
     content = _reply(site, run=run, round=number)
-    if wants_loss:
+    named = [e["what"] for e in site.ledger.find(run, "RELEASE") if e["round"] == number]
+    if wants_loss and "training loss" in named[0]:  # what a retry asks for is not on record
         content["metrics"] = MetricRecord({"train_loss": asked_loss(site, message, run, number)})
     for name, arrays in encoding.records_of(payload).items():
         content[name] = arrays
-    personal.advance(site, run, number, message.content.array_records["arrays"])
+    personal.advance(site, run, number, arrays_of(message.content)["arrays"])
     return content
 
 
@@ -175,7 +177,7 @@ def asked_loss(site: Site, message: Message, run: str, number: int) -> float:
 
     No noise covers it; the round's RELEASE names it.
     """
-    model = site.model("model", message.content.array_records["arrays"])
+    model = site.model("model", arrays_of(message.content)["arrays"])
     local.put_back(model, site.folder, run, number)
     records = _read(site, "train")
     return 0.0 if records is None else evaluation.mean_loss(model.to(site.device), records)
@@ -192,7 +194,7 @@ def _reply(site: Site, **said: str | int) -> RecordDict:
 
 def _heads(site: Site, message: Message) -> list[Head]:
     """Read the heads that a request shows of the ledgers of the accord's sites."""
-    shown = read_heads(str(message.content.config_records["config"].get("heads", "[]")))
+    shown = read_heads(str(config_of(message.content).get("heads", "[]")))
     return [head for head in shown if head.site in site.accord.roster]
 
 
@@ -307,7 +309,7 @@ def evaluate(site: Site, message: Message) -> RecordDict:
         raise BudgetError(f"Site {site.name} has no reservation for run {run}. Reserve first.")
     records = _read(site, "test")
     content, cells = RecordDict(), 0
-    for section, weights in message.content.array_records.items():
+    for section, weights in arrays_of(message.content).items():
         model = site.model(section, weights)
         local.put_back(model, site.folder, run, number + 1)
         tables = _counted(site, model, records)
@@ -318,7 +320,7 @@ def evaluate(site: Site, message: Message) -> RecordDict:
         run,
         number,
         what="group counts",
-        models=sorted(message.content.array_records),
+        models=sorted(arrays_of(message.content)),
         cells=cells,
         covers=NOT_COVERED,
     )
@@ -346,11 +348,11 @@ def ledger(site: Site, message: Message) -> RecordDict:
 
 def _run(message: Message) -> str:
     """Read the run's id; releases are stored under it, so it may not lead out of their folder."""
-    run = str(message.content.config_records["config"]["run"])
+    run = str(config_of(message.content)["run"])
     if run != Path(run).name or "\\" in run or not 1 <= len(run) <= 150:
         raise AccordError(f"run {run[:150]!r} is no name of a folder. Give the run another name.")
     return run
 
 
 def _round(message: Message) -> int:
-    return int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
+    return int(config_of(message.content)["server-round"])  # type: ignore[arg-type]

@@ -215,12 +215,13 @@ def train_plain(
         torch.manual_seed(masks)
         for _ in range(training.steps):
             rows = sampler.draw(source)
-            if len(rows) == 0:
+            if len(rows) == 0 and pulled is None:
                 continue
-            inputs = torch.from_numpy(records.inputs[rows]).to(device)
-            labels = torch.from_numpy(records.labels[rows]).to(device)
             optimizer.zero_grad()
-            (loss(seen(inputs), labels).sum() / normaliser).backward()
+            if len(rows):
+                inputs = torch.from_numpy(records.inputs[rows]).to(device)
+                labels = torch.from_numpy(records.labels[rows]).to(device)
+                (loss(seen(inputs), labels).sum() / normaliser).backward()
             if pulled:
                 pulled.add()
             optimizer.step()

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
 
 from fedaccord.strategies import bounds
 from fedaccord.strategies.driver import Driver
-from fedaccord.strategies.kept import Kept, State, corrected, heard
-from fedaccord.strategies.seam import SHOWN, Setting, StrategyFault
-from fedaccord.strategies.updates import Weights, to_arrays, to_weights
+from fedaccord.strategies.kept import Corrected
+from fedaccord.strategies.seam import Setting, StrategyFault
+from fedaccord.strategies.updates import Update, Weights
 
 
-class FedDyn(FedAvg):
+class FedDyn(Corrected):
     """Dynamic regularisation; the sites' gradients are kept here, from released updates alone.
 
     Acar, Zhao, Matas Navarro, Mattina, Whatmough and Saligrama 2021, "Federated learning based on
@@ -31,48 +29,28 @@ class FedDyn(FedAvg):
 
     def __init__(self, sites: int, alpha: float) -> None:
         """Take the number of all sites and alpha, above 0."""
-        super().__init__(**SHOWN)  # type: ignore[arg-type]
-        self._sites, self._alpha = sites, alpha
-        self._gradients = Kept()
+        super().__init__(sites)
+        self._alpha = alpha
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask every site that is shown, each with its correction -h_i, all with alpha."""
-        like = to_weights(arrays)
+        """Ask every site that is shown, each with its correction, all with alpha."""
         config["proximal-mu"] = self._alpha
+        return super().configure_train(server_round, arrays, config, grid)
 
-        def correction(site: str) -> Weights:
-            return {name: -value for name, value in self._gradients.of(site, like).items()}
+    def _corrections(self, like: Weights) -> Callable[[str], Weights]:
+        """Correct a site by -h_i."""
+        return lambda site: {name: -value for name, value in self._kept.of(site, like).items()}
 
-        return corrected(
-            super().configure_train(server_round, arrays, config, grid), grid, correction
-        )
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def _renew(self, updates: list[Update], mean: Weights) -> Weights:
         """Renew the sites' gradients; return the mean update less h / alpha."""
-        replies = list(replies)
-        updates = heard(replies)
-        arrays, said = super().aggregate_train(server_round, replies)
-        if arrays is None:
-            return None, said
         for update in updates:
-            old = self._gradients.of(update.site, update.change)
+            old = self._kept.of(update.site, update.change)
             new = {name: old[name] - self._alpha * update.change[name] for name in old}
-            self._gradients.put(update.site, new, update.weight)
-        mean = to_weights(arrays)
-        h = self._gradients.mean(self._sites, mean)
-        return to_arrays({k: np.asarray(mean[k] - h[k] / self._alpha) for k in mean}), said
-
-    def state(self) -> State:
-        """Return the sites' gradients."""
-        return self._gradients.state()
-
-    def restore(self, state: State) -> None:
-        """Take the gradients back."""
-        self._gradients.restore(state)
+            self._kept.put(update.site, new, update.weight)
+        h = self._kept.mean(self._sites, mean)
+        return {name: mean[name] - h[name] / self._alpha for name in mean}
 
 
 def feddyn(setting: Setting, *, alpha: float = 0.1) -> Driver:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
 
+from fedaccord.strategies.seam import SHOWN
 from fedaccord.strategies.updates import (
     Update,
     Weights,
@@ -90,24 +93,53 @@ def heard(replies: Iterable[Message]) -> list[Update]:
     return out
 
 
-def corrected(
-    messages: Iterable[Message], grid: Grid, correction: Callable[[str], Weights]
-) -> list[Message]:
-    """Give each message the correction of the site that it goes to.
+class Corrected(FedAvg, ABC):
+    """FedAvg whose sites' steps are corrected, by arrays that are kept for each site."""
 
-    Args:
-        messages: to nodes of the grid.
-        grid: what a strategy is shown; `grid.sites` has the site of each node.
-        correction: for a site's name, what it adds to each step's gradient, after any noise.
-    """
-    sites: Mapping[int, str] = grid.sites  # type: ignore[attr-defined]
-    out = []
-    for message in messages:
-        node = message.metadata.dst_node_id
-        content = RecordDict(dict(message.content))
-        kinds = {k: np.dtype(array.dtype) for k, array in arrays_of(content)["arrays"].items()}
-        real = [name for name, kind in kinds.items() if np.issubdtype(kind, np.floating)]
-        made = correction(sites[node])  # what holds whole numbers has no gradient
-        content["correction"] = to_arrays({name: made[name] for name in real})
-        out.append(Message(content, node, message.metadata.message_type))
-    return out
+    def __init__(self, sites: int) -> None:
+        """Take the number of all sites."""
+        super().__init__(**SHOWN)  # type: ignore[arg-type]
+        self._sites, self._kept = sites, Kept()
+
+    @abstractmethod
+    def _corrections(self, like: Weights) -> Callable[[str], Weights]:
+        """Return what a site, by name, adds to each step's gradient after any noise."""
+
+    @abstractmethod
+    def _renew(self, updates: list[Update], mean: Weights) -> Weights:
+        """Renew what is kept by released updates; return the change that the model makes."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask every site that is shown, each with its own correction."""
+        like, out = to_weights(arrays), []
+        sites: Mapping[int, str] = grid.sites  # type: ignore[attr-defined]
+        correction = self._corrections(like)
+        real = [name for name, value in like.items() if np.issubdtype(value.dtype, np.floating)]
+        for message in super().configure_train(server_round, arrays, config, grid):
+            node = message.metadata.dst_node_id
+            content = RecordDict(dict(message.content))
+            made = correction(sites[node])  # what holds whole numbers has no gradient
+            content["correction"] = to_arrays({name: made[name] for name in real})
+            out.append(Message(content, node, message.metadata.message_type))
+        return out
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Renew what is kept, and return the change of the model."""
+        replies = list(replies)
+        arrays, said = super().aggregate_train(server_round, replies)
+        if arrays is None:
+            return None, said
+        change = self._renew(heard(replies), to_weights(arrays))
+        return to_arrays({name: np.asarray(value) for name, value in change.items()}), said
+
+    def state(self) -> State:
+        """Return what is kept for the sites."""
+        return self._kept.state()
+
+    def restore(self, state: State) -> None:
+        """Take it back."""
+        self._kept.restore(state)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from collections.abc import Callable
 
 from fedaccord.strategies import bounds
 from fedaccord.strategies.driver import Driver
-from fedaccord.strategies.kept import Kept, State, corrected, heard
-from fedaccord.strategies.seam import SHOWN, Setting, StrategyFault
-from fedaccord.strategies.updates import Weights, to_arrays, to_weights
+from fedaccord.strategies.kept import Corrected
+from fedaccord.strategies.seam import Setting, StrategyFault
+from fedaccord.strategies.updates import Update, Weights
 
 
 def next_control(control: Weights, centre: Weights, change: Weights, distance: float) -> Weights:
@@ -31,7 +26,7 @@ def next_control(control: Weights, centre: Weights, change: Weights, distance: f
     return {name: control[name] - centre[name] - change[name] / distance for name in change}
 
 
-class Scaffold(FedAvg):
+class Scaffold(Corrected):
     """FedAvg with corrected steps; control variates are kept here, from released updates alone.
 
     The paper has each site keep its own c_i. Option II makes it a function of what the site has
@@ -44,49 +39,27 @@ class Scaffold(FedAvg):
 
     def __init__(self, sites: int, distance: float, server_learning_rate: float) -> None:
         """Take the number of all sites, a site's steps times its learning rate, and our own."""
-        super().__init__(**SHOWN)  # type: ignore[arg-type]
-        self._sites, self._distance, self._rate = sites, distance, server_learning_rate
-        self._controls = Kept()
+        super().__init__(sites)
+        self._distance, self._rate = distance, server_learning_rate
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Ask every site that is shown, each with its correction c - c_i."""
-        like = to_weights(arrays)
-        centre = self._controls.mean(self._sites, like)
+    def _corrections(self, like: Weights) -> Callable[[str], Weights]:
+        """Correct a site by c - c_i."""
+        centre = self._kept.mean(self._sites, like)
 
         def correction(site: str) -> Weights:
-            control = self._controls.of(site, like)
+            control = self._kept.of(site, like)
             return {name: centre[name] - control[name] for name in like}
 
-        return corrected(
-            super().configure_train(server_round, arrays, config, grid), grid, correction
-        )
+        return correction
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the mean update times the server's learning rate; renew the sites' controls."""
-        replies = list(replies)
-        updates = heard(replies)
-        arrays, said = super().aggregate_train(server_round, replies)
-        if arrays is None:
-            return None, said
-        centre = self._controls.mean(self._sites, updates[0].change)
+    def _renew(self, updates: list[Update], mean: Weights) -> Weights:
+        """Renew the sites' controls; return the mean update times the server's learning rate."""
+        centre = self._kept.mean(self._sites, mean)
         for update in updates:
-            control = self._controls.of(update.site, update.change)
+            control = self._kept.of(update.site, update.change)
             control = next_control(control, centre, update.change, self._distance)
-            self._controls.put(update.site, control, update.weight)
-        mean = {name: self._rate * value for name, value in to_weights(arrays).items()}
-        return to_arrays({name: np.asarray(value) for name, value in mean.items()}), said
-
-    def state(self) -> State:
-        """Return the sites' control variates."""
-        return self._controls.state()
-
-    def restore(self, state: State) -> None:
-        """Take the control variates back."""
-        self._controls.restore(state)
+            self._kept.put(update.site, control, update.weight)
+        return {name: self._rate * value for name, value in mean.items()}
 
 
 def scaffold(setting: Setting, *, server_learning_rate: float = 1.0) -> Driver:

@@ -281,3 +281,10 @@ def test_every_import_is_a_declared_dependency() -> None:
                 if top not in ours and needed not in allowed:
                     missing.append(f"{relative(path)}:{line}: {top}")
     assert missing == []
+
+
+def test_every_key_of_the_run_config_is_declared_to_flower_which_refuses_others() -> None:
+    declared = set(PYPROJECT["tool"]["flwr"]["app"]["config"])
+    read = re.compile(r'run_config(?:\.get\(|\[)"(\w+)"')
+    used = {key for path in sources("client", "server") for key in read.findall(path.read_text())}
+    assert used == declared
