@@ -132,3 +132,12 @@ def test_a_correction_that_fits_is_taken_as_it_is() -> None:
     pull = pull_of(message(correction=ArrayRecord(sent)), net, TRAINING)
     assert pull.correction.keys() == sent.keys()
     assert all(torch.equal(pull.correction[name], sent[name]) for name in sent)
+
+
+def test_a_correction_acts_in_a_step_that_draws_nobody_too() -> None:
+    """SCAFFOLD divides an update by all of a round's steps, so all have to be corrected."""
+    net = model()
+    before, added = flat(net), correction(net)
+    train_plain(net, some(5), 1e-9, 1.0, TRAINING, SeededSource(0), Pull(0.0, added))
+    step = torch.cat([added[n].flatten() for n, _ in net.named_parameters()])
+    assert torch.allclose(flat(net) - before, -3 * 0.25 * step, atol=1e-6)
