@@ -84,9 +84,8 @@ def answer(handler: Callable[[Site, Message], RecordDict]) -> Handler:
                 site.ledger.close()
         except REFUSALS as refusal:
             words = str(refusal).replace(f"{home_of(context)}/", "")  # where, is the site's affair
-            content = RecordDict({"config": ConfigRecord({"refused": words})})
-            if name:
-                content["config"]["site"] = name
+            said = ConfigRecord({"refused": words} | ({"site": name} if name else {}))
+            content = RecordDict({"config": said})
         except Exception as fault:
             words = f"internal error; see {diary.NAME} in the site's folder"
             log.error("message %s failed: %s", message.metadata.message_type, words)
@@ -355,4 +354,4 @@ def _run(message: Message) -> str:
 
 
 def _round(message: Message) -> int:
-    return int(config_of(message.content)["server-round"])  # type: ignore[arg-type]
+    return int(config_of(message.content)["server-round"])
