@@ -84,7 +84,9 @@ def answer(handler: Callable[[Site, Message], RecordDict]) -> Handler:
                 site.ledger.close()
         except REFUSALS as refusal:
             words = str(refusal).replace(f"{home_of(context)}/", "")  # where, is the site's affair
-            said = ConfigRecord({"refused": words} | ({"site": name} if name else {}))
+            said = ConfigRecord({"refused": words})
+            if name:
+                said["site"] = name
             content = RecordDict({"config": said})
         except Exception as fault:
             words = f"internal error; see {diary.NAME} in the site's folder"
