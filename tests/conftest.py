@@ -12,13 +12,25 @@ os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomlkit
+
+
+@pytest.fixture(autouse=True)
+def _loud_again() -> Iterator[None]:
+    """Undo what a command silences in this process, or a later test hears nothing."""
+    loggers = [logging.getLogger(name) for name in ("flwr", "flower")]
+    levels = [logger.level for logger in loggers]
+    yield
+    logging.disable(logging.NOTSET)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

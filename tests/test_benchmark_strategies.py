@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import tomllib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +18,6 @@ from fedaccord.errors import AccordError
 from fedaccord.strategies.seam import driver_for
 
 RUN = Case("heart", "fedavg", {}, None, 0, quick=True)
-
-
-@pytest.fixture(autouse=True)
-def _loud_again() -> Iterator[None]:
-    """Undo what a run of the benchmark silences."""
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def cases(task: str, epsilon: float | None) -> list[Case]:
