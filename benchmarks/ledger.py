@@ -17,10 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fedaccord.keys import signed
 from fedaccord.privacy.budget import Cap
 from fedaccord.privacy.chain import stamp
 from fedaccord.privacy.keeping import read_export
-from fedaccord.privacy.keys import signed
 from fedaccord.privacy.ledger import Ledger, Terms
 from fedaccord.privacy.log import SignedLog
 from fedaccord.privacy.plan import PrivacyPlan

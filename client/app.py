@@ -34,13 +34,14 @@ from fedaccord import evidence
 from fedaccord.client import client_level, diary, local, personal, train
 from fedaccord.client import evaluate as evaluation
 from fedaccord.client.pull import NOTHING, Pull, pull_of
-from fedaccord.client.site import Site, home_of, open_site, who
+from fedaccord.client.site import Site, accord_of, open_site, who, without_paths
 from fedaccord.errors import AccordError, BudgetError, LedgerError, PolicyError
 from fedaccord.fairness.counts import Counts
 from fedaccord.models.build import trained
 from fedaccord.privacy.chain import Head, read_heads
 from fedaccord.privacy.client_level import COVERS, ClientPlan
 from fedaccord.privacy.noise import OsSource, Source
+from fedaccord.privacy.pins import of_pinned
 from fedaccord.privacy.plan import PrivacyPlan
 from fedaccord.strategies import encoding
 from fedaccord.strategies.updates import arrays_of, config_of
@@ -67,7 +68,7 @@ def answer(handler: Callable[[Site, Message], RecordDict]) -> Handler:
     def handle(message: Message, context: Context) -> Message:
         name = ""
         try:
-            accord = accords.load(str(context.run_config["accord"]))
+            accord = accords.load(accord_of(context))
             name = who(accord, context)
             site = open_site(accord, name, context)
             asked = config_of(message.content)
@@ -83,7 +84,7 @@ def answer(handler: Callable[[Site, Message], RecordDict]) -> Handler:
             finally:
                 site.ledger.close()
         except REFUSALS as refusal:
-            words = str(refusal).replace(f"{home_of(context)}/", "")  # where, is the site's affair
+            words = without_paths(str(refusal), context)
             said = ConfigRecord({"refused": words})
             if name:
                 said["site"] = name
@@ -195,8 +196,10 @@ def _reply(site: Site, **said: str | int) -> RecordDict:
 
 def _heads(site: Site, message: Message) -> list[Head]:
     """Read the heads that a request shows of the ledgers of the accord's sites."""
-    shown = read_heads(str(config_of(message.content).get("heads", "[]")))
-    return [head for head in shown if head.site in site.accord.roster]
+    asked = config_of(message.content)
+    shown = read_heads(str(asked.get("heads", "[]")))
+    known = [head for head in shown if head.site in site.accord.roster]
+    return of_pinned(known, site.ledger, site.accord.pins, str(asked.get("handovers", "{}")))
 
 
 def _release_path(site: Site, run: str, number: int) -> Path:

@@ -179,10 +179,68 @@ def who(accord: Accord, context: Context) -> str:
     return name
 
 
+def _told(context: Context) -> bool:
+    """Tell whether this node's owner has said which site it is, as in every deployment."""
+    return "site" in context.node_config
+
+
+def _named(context: Context, key: str, what: str) -> str:
+    """Return what a site's own node config names.
+
+    Raises:
+        AccordError: the key is left out; the run config is the other side's, and is not asked.
+    """
+    named = str(context.node_config.get(key, ""))
+    if not named:
+        raise AccordError(
+            f"site {context.node_config['site']} has no `{key}` in its node config, and what the "
+            f'run config says is not asked there. Start it with {key}="{what}".'
+        )
+    return named
+
+
+def accord_of(context: Context) -> str:
+    """Find the accord that this node takes part in: a file's path, or the name of a bundled one.
+
+    Who submits a run chooses its run config, so it decides nothing at a site of a deployment.
+
+    | node config | the accord is |
+    |---|---|
+    | names no `site`, as in a simulation | `accord` of the run config |
+    | names a `site` | `accord` of the same node config, else it is refused |
+
+    Raises:
+        AccordError: the node config names a site and no accord.
+    """
+    if _told(context):
+        return _named(context, "accord", "/path/of/its/own/accord.toml")
+    return str(context.run_config["accord"])
+
+
 def home_of(context: Context) -> Path:
-    """Find the folder that holds the sites' folders on this machine."""
+    """Find the folder that holds the sites' folders on this machine.
+
+    It is `folder` in a node config that names the site; in a simulation `sites` in the run config.
+
+    Raises:
+        AccordError: the node config names a site and no folder.
+    """
+    if _told(context):
+        return Path(_named(context, "folder", "/the/folder/that/holds/its/own"))
     base = str(context.run_config.get("sites", ""))
     return Path(base) if base else runs.home() / f"sites-of-run-{context.run_id}"
+
+
+def without_paths(words: str, context: Context) -> str:
+    """Take the folders of this machine out of a sentence that travels to the other side."""
+    if _told(context):
+        own = {key: str(context.node_config.get(key, "")) for key in ("folder", "data", "accord")}
+        places = [own["folder"], own["data"], str(Path(own["accord"]).parent)]
+    else:
+        places = [str(home_of(context))]
+    for place in sorted(set(places) - {"", "."}, key=len, reverse=True):
+        words = words.replace(f"{place.rstrip('/')}/", "")
+    return words
 
 
 def data_of(folder: Path, context: Context) -> Path | None:
@@ -193,25 +251,25 @@ def data_of(folder: Path, context: Context) -> Path | None:
     """
     named = str(context.node_config.get("data", ""))
     own = Path(named) if named else folder / "data"
-    return own if named or "site" in context.node_config or own.is_dir() else None
+    return own if named or _told(context) or own.is_dir() else None
 
 
 def open_site(accord: Accord, name: str, context: Context) -> Site:
     """Open a site's folder, with its policy and its ledger.
 
     Raises:
+        AccordError: a node config that names the site and leaves out its accord or folder.
         PolicyError: a policy that is not valid, or none at a site that its node config names.
         LedgerError: a ledger that is damaged, altered or another site's, or a folder that cannot
             be used.
     """
     folder = home_of(context) / name
-    home = accords.find(str(context.run_config["accord"])).parent
+    home = accords.find(accord_of(context)).parent
     try:
         # Only a simulated site, which nobody told who it is, gets a policy that suits the accord.
-        told = "site" in context.node_config
-        own = (
-            policy.SitePolicy.read(folder / policy.FILE) if told else policy.of_site(folder, accord)
-        )
+        path = folder / policy.FILE
+        told = _told(context)
+        own = policy.SitePolicy.read(path) if told else policy.of_site(folder, accord)
         return Site(
             name=name,
             accord=accord,

@@ -31,6 +31,7 @@ class SiteSection(Section):
     name: Name
     subjects: int = Field(ge=1, le=10**9)
     records: int | None = Field(default=None, ge=1, le=10**9, validate_default=True)
+    key: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
     @field_validator("records")
     @classmethod
@@ -209,6 +210,9 @@ class Accord(Section):
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise Fault(f'sites: "{twice}" is listed twice. List each site once.')
+        pins = [site.key for site in self.sites if site.key]
+        if len(set(pins)) != len(pins):
+            raise Fault("sites: one key is given to two sites. Each site makes its own key.")
         for key in ("min_sites", "sites_per_round"):
             value = getattr(self.rounds, key)
             if value is not None and value > len(names):
@@ -235,6 +239,11 @@ class Accord(Section):
     def roster(self) -> dict[str, int]:
         """Declared training subjects of each site, in order of name."""
         return {site.name: site.subjects for site in sorted(self.sites, key=lambda s: s.name)}
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """The public key of each site that has one pinned here, ed25519 in hex."""
+        return {site.name: site.key for site in self.sites if site.key}
 
     @property
     def reserved_rounds(self) -> int:

@@ -13,12 +13,16 @@ import typer
 from fedaccord import (
     __version__,
     cli_conformance,
+    cli_coordinator,
     cli_data,
     cli_ledger,
     cli_plan,
     cli_pretrain,
+    cli_provision,
     cli_simulate,
     cli_site,
+    cli_site_check,
+    cli_site_kit,
     cli_task,
 )
 from fedaccord.errors import FedAccordError
@@ -42,11 +46,15 @@ app = typer.Typer(
 
 app.add_typer(cli_ledger.app, name="ledger")
 app.add_typer(cli_site.app, name="site")
+app.add_typer(cli_coordinator.coordinator, name="coordinator")
+cli_site.app.add_typer(cli_site_check.app)
+cli_site.app.add_typer(cli_site_kit.app)
 app.add_typer(cli_task.app, name="task")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_conformance.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_pretrain.app)
+app.add_typer(cli_provision.app)
 app.add_typer(cli_simulate.app)
 
 AccordFile = Annotated[

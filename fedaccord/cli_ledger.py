@@ -203,6 +203,11 @@ def export(
 @app.command()
 def rotate(folder: Folder) -> None:
     """Hand over to a new signing key; the old key signs that."""
+    if (folder.resolve().parent / "site.toml").is_file():  # the coordinator knows this key too
+        raise LedgerError(
+            f"site {folder}: is part of a kit, and its key is the one that the accord pins. Say: "
+            f"fedaccord site rotate {folder.resolve().parent} --key"
+        )
     ledger = _open(folder)
     try:
         entry = ledger.rotate()

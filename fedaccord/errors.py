@@ -42,3 +42,7 @@ class EvidenceError(FedAccordError):
 
 class RunError(FedAccordError):
     """A run that cannot start or go on."""
+
+
+class KitError(FedAccordError):
+    """A kit, a certificate or a request for one that is missing, altered or not allowed."""

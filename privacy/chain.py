@@ -16,7 +16,7 @@ from typing import Any
 
 from fedaccord.errors import LedgerError
 from fedaccord.evidence import canonical_json, sha256
-from fedaccord.privacy.keys import SigningKey, signed
+from fedaccord.keys import SigningKey, signed
 
 GENESIS = "0" * 64
 Entry = dict[str, Any]

@@ -6,9 +6,10 @@ import json
 import os
 from pathlib import Path
 
+from fedaccord import keys
 from fedaccord.errors import LedgerError
 from fedaccord.evidence import sync_folder
-from fedaccord.privacy import accounting, keys
+from fedaccord.privacy import accounting
 from fedaccord.privacy.chain import Chain, Entry, Head, Row, faults
 from fedaccord.privacy.log import SignedLog
 from fedaccord.privacy.second import SecondPlace

@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedaccord import keys
 from fedaccord.errors import LedgerError
 from fedaccord.evidence import sync_folder
-from fedaccord.privacy import chain, keys
+from fedaccord.privacy import chain
 from fedaccord.privacy.chain import Chain, Entry
 from fedaccord.privacy.second import SecondPlace
 from fedaccord.privacy.store import Store

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedaccord.reports import agreed, costs, limits, trust
+from fedaccord.reports import agreed, carried, costs, limits, trust
 from fedaccord.reports.reading import ACCORD, Evidence, read, text
 from fedaccord.runs import MANIFEST, RunFolder
 
@@ -42,6 +42,7 @@ def facts(run: Path) -> Row:
         "headline": costs.statement(evidence, privacy),
         "stamps": _stamps(evidence),
         "run": _run(evidence),
+        "carried": carried.carried(evidence),
         "agreed": agreed.rows(evidence.accord),
         "task": _task(evidence.start),
         "accuracy": _accuracy(evidence),
@@ -275,6 +276,9 @@ def _incidents(evidence: Evidence) -> Row:
             for r in rounds
             for site, reason in sorted((r["audit"] or {}).get("not_counted", {}).items())
         ],
+        "link": carried.incidents(evidence),
+        "differing": carried.differing(evidence),
+        "silent": carried.silent(evidence),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedaccord.reports import link
 from fedaccord.reports.reading import RESERVATIONS, Evidence
 
 Row = dict[str, Any]
@@ -30,6 +31,10 @@ ABOUT_ANSWER = (
     "that the site joins, and what it reserves: from accord, policy and ledger alone. Each reply "
     "also carries the signed end of the site's ledger"
 )
+ABOUT_LINK = (
+    ". Over the link each reply is signed: by whom, to which request, at what time; and it has the "
+    "hash of what it sends, which is as covered as that, and of the model that the site was sent"
+)
 NO_RECORDS = "nothing in it is computed from records; the times in it are not covered"
 
 
@@ -39,6 +44,7 @@ def releases(evidence: Evidence) -> list[Row]:
     Returns:
         Rows {"what", "detail", "covered", "sites": [{"site", "count", "size", "unit", "record"}]}.
     """
+    answer = ABOUT_ANSWER + (ABOUT_LINK if link.over_link(evidence.records) else "")
     found: dict[tuple[str, str], Row] = {}
     for site, entries in evidence.ledgers.items():
         mine = [entry for entry in entries if entry["run"] == evidence.run]
@@ -50,7 +56,7 @@ def releases(evidence: Evidence) -> list[Row]:
                 size = sum(int(entry[unit]) for entry in same)
                 row["sites"].append(_sent(site, len(same), size, unit, f"ledger/{site}"))
         if any(entry["kind"] in RESERVATIONS for entry in mine):
-            row = found.setdefault(("", "answer"), _kind("answers", ABOUT_ANSWER, NO_RECORDS))
+            row = found.setdefault(("", "answer"), _kind("answers", answer, NO_RECORDS))
             row["sites"].append(_sent(site, 2, None, "", f"plan/{site}"))
         row = found.setdefault(("", "ledger"), _kind("ledger", ABOUT_LEDGER, NO_RECORDS))
         size = (evidence.path / "ledgers" / f"{site}.jsonl").stat().st_size
@@ -80,7 +86,7 @@ def not_protected(evidence: Evidence, sent: list[Row]) -> list[str]:
         return [_REFUSED]
     covers = {row["covered"] for row in sent if row["what"] == "group counts"}
     exact = not sent or NOT_COVERED in covers
-    engine = str(evidence.start.get("engine", ""))
+    engine, linked = str(evidence.start.get("engine", "")), link.over_link(evidence.records)
     return [
         *([] if private else [_NO_NOISE]),
         *([_PERSONAL] if evidence.accord.training.personal else []),
@@ -89,9 +95,12 @@ def not_protected(evidence: Evidence, sent: list[Row]) -> list[str]:
         _DECISIONS,
         f"Tuning of the settings, in the accord's own words: {evidence.accord.tuning}.",
         *(_ABOUT[evidence.accord.privacy.unit] if private else []),
+        _SOFTWARE,
+        _PINNED if linked else _UNPINNED,
+        *([_CARRIED] if linked else []),
         *_ALWAYS,
         *([_SMALL] if exact else []),
-        _ENGINES.get(engine, _ENGINES[""]),
+        *([] if linked else [_ENGINES.get(engine, _ENGINES[""])]),
     ]
 
 
@@ -150,15 +159,36 @@ _BOTH = [
     "and the result is rounded to a public grid. Known attacks get harder; this is no proof.",
 ]
 _ABOUT = {"subject": [*_NOISED, *_BOTH], "client": [*_BARE, *_BOTH]}
+_SOFTWARE = (
+    "That a site ran the mechanism it declared rests on the site's software and on who runs it: "
+    "its administrator can change it. Each release names the build by its hash; the hash does not "
+    "prove what ran."
+)
+_LEDGER = (
+    "and the other sites keep its last hash as they were shown it: up to there not even the site "
+    "can take an entry back unseen. The coordinator can keep such a hash from them. Its own "
+    "records are chained but not signed: keep the last hash elsewhere."
+)
+_UNPINNED = (
+    f"A site's ledger is signed with the site's own key, {_LEDGER} Which key is whose was not "
+    "checked against the accord: a site that starts anew with another key is not told from one "
+    "that was never here."
+)
+_PINNED = (
+    "A site's ledger and its replies are signed with the key that the accord pins for it, or with "
+    f"one that this key handed over to, {_LEDGER} That a pinned key is the site's is what the "
+    "sites agreed on with the accord: compare the accord's digest with theirs."
+)
+_CARRIED = (
+    "The coordinator draws the sites and makes the next model. Each site signed which model it "
+    "was sent, and is shown what the others signed, so one that was sent another model is noticed "
+    "among the replies that are shown. Replies that were kept back are listed as silence. Nothing "
+    "shows that a model was made of the signed updates alone, or that counts are as a site sent "
+    "them."
+)
 _ALWAYS = [
-    "That a site ran the mechanism it declared rests on the site's software and on who runs it. "
-    "Each release names the build by its hash; the hash does not prove what ran.",
-    "A site's ledger is signed with the site's own key, and the other sites keep its last hash as "
-    "they were shown it: up to there not even the site can take an entry back unseen. The "
-    "coordinator can keep such a hash from them. Its own records are chained but not signed: keep "
-    "the last hash elsewhere. Which key is whose is not fixed by the accord: a site that starts "
-    "anew with another key is not told from one that was never here.",
-    "Timing: when a site answers, how long it takes and that it falls silent are not covered.",
+    "Timing and sizes: when a site answers, how long it takes, how much it sends and that it "
+    "falls silent are not covered.",
     "A site that sends a wrong update or wrong counts on purpose: only their form is checked, and "
     "the length of an update is held to a bound. A robust strategy limits what such an update "
     "does to the model, and does not rule it out.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fedaccord.reports import link
 from fedaccord.reports.reading import Evidence
 
 
@@ -33,15 +34,21 @@ _COUNTS = "the exact counts of evaluation subjects"
 MODES = (
     Mode(
         "link",
-        "Noise at the site, site runs its own installed software (the link; it does not exist yet)",
-        f"Of training, nothing without noise. Besides: {_COUNTS}, when a site answers, the other "
-        "runs in its ledger.",
+        "Noise at the site, site runs its own installed software (the link)",
+        f"Of training, nothing without noise. Besides: {_COUNTS}, when a site is there and when it "
+        "answers, how much it sends, the other runs in its ledger. What travels is encrypted up to "
+        "the coordinator's process, and not inside it.",
         "The same. It may choose the weights that it sends within the bound on weights, and the "
-        "stated epsilon holds for any. It can show sites different models and keep heads of "
-        "ledgers back; it cannot lower noise, raise the clip or repeat a round.",
-        "The same: each site adds all of its noise itself, so no guarantee rests on another site.",
+        "stated epsilon holds for any. It draws the sites, makes the next model, "
+        "and can leave replies out and keep heads of ledgers back. It cannot lower noise, raise "
+        "the clip, repeat a round, or speak for a site whose key the accord pins. Sites that were "
+        "sent different models are noticed among the signed replies that it shows; one that it "
+        "does not show is an absence on record, and no proof.",
+        "The same: each site adds all of its noise itself, so no guarantee rests on another site. "
+        "A site that helps can sign for a model that it was not sent, but not in another's name.",
         "Each site's weights never; the global models and the student, which are as private as "
-        "what they were made from; the counts, where they read the evidence.",
+        "what they were made from; the counts, where they read the evidence. The other sites are "
+        "also shown the hash and the time of each signed reply.",
     ),
     Mode(
         "stock",
@@ -97,7 +104,9 @@ def mode(evidence: Evidence) -> str:
         return "simulated"
     if not privacy.enabled:
         return "plain"
-    return "client" if privacy.unit == "client" else "stock"
+    if privacy.unit == "client":
+        return "client"
+    return "link" if link.over_link(evidence.records) else "stock"
 
 
 def table(evidence: Evidence) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedaccord import accord as accords
 from fedaccord.accord import Accord
 from fedaccord.errors import FedAccordError
-from fedaccord.reports import pagecheck, recompute, sequence
+from fedaccord.reports import link, pagecheck, recompute, sequence
 from fedaccord.reports.checks import Check, read_lines
 from fedaccord.reports.facts import HTML, JSON
 from fedaccord.reports.reading import ACCORD
@@ -36,6 +36,7 @@ def verify(run: Path) -> list[Check]:
     | plans | the plan that the accord alone gives each site, and its epsilons |
     | ledger of each site | its chain, signatures, events' epsilons, cap, and the run's records |
     | heads shown to peers | the ledgers that the sites handed over |
+    | signed replies, where the link carried the run | the keys that the accord pins |
     | figures | counts |
     | models | the digests in the last round and the end record |
     | report.json, report.html | the evidence, where a report was written |
@@ -61,7 +62,7 @@ def verify(run: Path) -> list[Check]:
     accord = _check_accord(agreed, run, records)
     roster, closed = list(accord.roster) if accord else [], (run / MANIFEST).is_file()
     _guarded(order, lambda: sequence.check_order(order, records, roster, closed))
-    books, seen = _check_books(run, records)
+    books, seen, ledgers = _check_books(run, records)
     if accord is None:
         figures.holds(False, "not recomputed: the accord is not the one that the run started with")
         return [whole, agreed, order, *books, seen, figures]
@@ -73,6 +74,11 @@ def verify(run: Path) -> list[Check]:
             work = partial(recompute.check_figures, figures, record, records[0], accord)
             _guarded(figures, work, record)
     _guarded(models, lambda: _check_models(models, run, records))
+    replies = Check("signed replies")
+    if link.concerned(records):
+        about = (records, accord, ledgers)
+        _guarded(replies, lambda: link.check_link(replies, _name(run, records), *about))
+        books.append(replies)
     checks = [whole, agreed, order, plans, *books, seen, figures, models]
     return checks + _reports(run, checks)
 
@@ -120,8 +126,14 @@ def _books(run: Path, records: list[Record]) -> list[str]:
     return sorted(named | {path.stem for path in run.glob("ledgers/*.jsonl")})
 
 
-def _check_books(run: Path, records: list[Record]) -> tuple[list[Check], Check]:
-    """Check each site's ledger, by itself and against the run's records, and against its peers'."""
+def _check_books(
+    run: Path, records: list[Record]
+) -> tuple[list[Check], Check, dict[str, list[Record]]]:
+    """Check each site's ledger, by itself and against the run's records, and against its peers'.
+
+    Returns:
+        A check of each ledger, one of all against their peers', and the ledgers' entries by site.
+    """
     checks, books = [], {}
     for site in _books(run, records):
         check = Check(f"ledger of {site}")
@@ -133,7 +145,13 @@ def _check_books(run: Path, records: list[Record]) -> tuple[list[Check], Check]:
         checks.append(check)
     seen = Check("heads shown to peers")
     _guarded(seen, lambda: recompute.check_seen(seen, books))
-    return checks, seen
+    return checks, seen, books
+
+
+def _name(run: Path, records: list[Record]) -> str:
+    """Find the id that the run had at its sites; a moved folder has another name."""
+    plans = [r for r in records if r.get("kind") == "plan"]
+    return str(plans[0]["entry"]["run"]) if plans else run.resolve().name
 
 
 def _against_records(

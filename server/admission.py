@@ -152,7 +152,7 @@ def admit(
     if len(nodes) < accord.rounds.min_sites:
         return [], out, closed
     places: list[Place] = []
-    config.config_records["config"]["heads"] = heads.show(0)
+    config.config_records["config"].update(heads.words(0))
     replies = mail.ask([nodes[s] for s in sorted(nodes)], "query.reserve", config, timeout)
     for site in sorted(nodes):
         said = words(replies[nodes[site]]) if nodes[site] in replies else {"refused": "no answer"}

@@ -19,7 +19,7 @@ from fedaccord.runs import RunFolder
 from fedaccord.server import admission, checkpoint, distillation, records, resume
 from fedaccord.server.door import Door
 from fedaccord.server.drowned import refuse_drowned
-from fedaccord.server.heads import Heads
+from fedaccord.server.heads import heads_over
 from fedaccord.server.mail import Mail
 from fedaccord.server.rounds import Coordinator
 from fedaccord.strategies.client_level import ClientLevelMean, refuse_state
@@ -60,7 +60,7 @@ def main(grid: Grid, context: Context) -> None:
             return
     else:
         folder = open_folder(run, where, accord)
-        about = {"run": folder.id, "engine": type(grid).__name__}
+        about = {"run": folder.id, "engine": type(grid).__name__} | mail.about()
         folder.append(about | records.start(accord, task, model, student))
     coordinator = seated(mail, accord, task, folder, model, student, past)
     reason = resume.take_up(coordinator, past) if past else ""
@@ -81,7 +81,7 @@ def seated(
     Raises:
         BudgetError: too few let the accord in, or a site shows another reservation than before.
     """
-    heads = Heads(accord.roster)
+    heads = heads_over(mail.grid, accord)
     if past is not None and past.state is not None:
         heads.restore(past.state.heads)
     places, out, closed = admission.admit(mail, accord, folder.id, heads)

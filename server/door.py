@@ -76,7 +76,7 @@ class Door:
 
     def _ask_to_reserve(self, node: int) -> None:
         content = question(self._accord, self._run)
-        content.config_records["config"]["heads"] = self._heads.show(0)
+        content.config_records["config"].update(self._heads.words(0))
         self._mail.whisper([node], "query.reserve", content, RESERVE)
         self._mail.forget(node, RESERVE, KNOCKS)
 

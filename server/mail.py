@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -51,6 +51,16 @@ class Mail:
         self.grid = grid
         self.clock: Clock = getattr(grid, "clock", None) or RealClock()
         self._missing: dict[str, tuple[int, str]] = {}  # message -> node, what it was about
+
+    def about(self) -> dict[str, Any]:
+        """Return what the carrier has to say of itself in the run's first record."""
+        carrier: Any = self.grid
+        return dict(carrier.about()) if hasattr(carrier, "about") else {}
+
+    def notes(self, number: int) -> dict[str, Any]:
+        """Return what the carrier has to say of a round in its record."""
+        carrier: Any = self.grid
+        return dict(carrier.notes(number)) if hasattr(carrier, "notes") else {}
 
     def exchange(
         self, messages: Iterable[Message], timeout: float, about: str

@@ -133,7 +133,7 @@ class Coordinator:
         messages = self.driver.ask(
             self.number,
             self.model,
-            ConfigRecord(self._about() | {"heads": self.heads.show(self.number)}),
+            ConfigRecord(self._about() | self.heads.words(self.number)),
             DrawnGrid(self.mail.grid, {place.node: place.site for place in drawn}),
         )
         asked = config_of(messages[0].content) if messages else {}
@@ -294,6 +294,7 @@ class Coordinator:
             "heads": self.heads.record(),
             "seconds": round(seconds, 3),
         }
+        record |= self.mail.notes(self.number)
         if self.client_level:
             record["mechanism"] = self.mechanism
         state = Checkpoint(

@@ -103,6 +103,7 @@ OTHERS = {
     "strategy.options": {"a": 1},
     "fairness.attributes": ["sex", "age"],
     "task.options": {"a": 1},
+    **{f"sites.{n}.key": f"{n}" * 64 for n in range(4)},
     **{f"sites.{n}.subjects": 50 for n in range(4)},  # above its records is refused
 }
 # With one known name or value there is no second one to change to.
@@ -243,6 +244,12 @@ FAULTS = [
     ("distillation.model", "boosting", 'distillation.model: model "boosting" is not known. Known:'),
     ("task.name", "hart", 'task.name: task "hart" is not known. Did you mean "heart"?'),
     ("strategy.name", "fedavgg", 'strategy.name: strategy "fedavgg" is not known. Did you mean'),
+    (
+        "sites",
+        [dict(FULL["sites"][0]) | {"name": n, "key": "a" * 64} for n in ("b", "c")],
+        "sites: one key is given to two sites. Each site makes its own key.",
+    ),
+    ("sites.0.key", "A" * 64, "sites[cleveland].key"),
     ("sites.3.name", "hungary", 'sites: "hungary" is listed twice. List each site once.'),
     ("rounds.min_sites", 9, "rounds.min_sites = 9 is above 4, the number of [[sites]]. Lower it"),
     ("rounds.sites_per_round", 5, "rounds.sites_per_round = 5 is above 4, the number of [[sites]]"),

@@ -241,7 +241,8 @@ def test_two_nodes_that_say_they_are_one_site_are_both_left_out(tmp_path: Path) 
     def twice(node: int) -> Context:
         made = context(node)
         if node == engine.FIRST_NODE + 3:
-            made.node_config["site"] = "hungary"
+            here = {"accord": made.run_config["accord"], "folder": made.run_config["sites"]}
+            made.node_config |= {"site": "hungary"} | here
         return made
 
     both._context = twice  # type: ignore[method-assign]

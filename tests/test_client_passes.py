@@ -15,9 +15,9 @@ from fedaccord.accord import TrainingSection
 from fedaccord.client import app, policy, train
 from fedaccord.client.site import Site
 from fedaccord.evidence import canonical_json
+from fedaccord.keys import create
 from fedaccord.privacy import engines
 from fedaccord.privacy.chain import Head, stamp
-from fedaccord.privacy.keys import create
 from fedaccord.privacy.ledger import Ledger
 from fedaccord.privacy.probe import probe
 from fedaccord.simulations.engine import InProcessGrid

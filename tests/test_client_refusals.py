@@ -116,7 +116,8 @@ def test_a_node_that_is_told_which_site_it_is_takes_part_in_nothing_without_a_po
     grid = InProcessGrid(app, 1, {"accord": str(tmp_path / "small.toml"), "sites": str(tmp_path)})
     (node,) = grid.get_node_ids()
     context = grid._context(node)
-    context.node_config = {"site": SITE}
+    agreed_on = str(tmp_path / "small.toml")
+    context.node_config = {"site": SITE, "accord": agreed_on, "folder": str(tmp_path)}
     grid._context = lambda _: context  # type: ignore[method-assign]
     asked = ConfigRecord({"run": "a", "accord": agreed.digest, "server-round": 1})
     for kind in ("query.join", "query.reserve", "query.ledger", "train", "evaluate"):

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from fedaccord import keys
 from fedaccord.errors import BudgetError
-from fedaccord.privacy import keys
 from fedaccord.privacy.budget import Cap
 from fedaccord.privacy.keeping import read_export
 from fedaccord.privacy.ledger import Ledger, Terms, spent

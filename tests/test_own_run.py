@@ -82,8 +82,8 @@ def test_the_ledger_names_the_data_set_so_that_budgets_add_up(run: Path) -> None
     assert held["dataset"] == "wards"
 
 
-def context(folder: Path, run_config: dict[str, str], **node: str | int) -> Context:
-    return Context(1, 1, dict(node), RecordDict(), {"sites": str(folder), **run_config})
+def context(sites: Path, run_config: dict[str, str], **node: str | int) -> Context:
+    return Context(1, 1, dict(node), RecordDict(), {"sites": str(sites), **run_config})
 
 
 def test_only_the_site_itself_says_where_its_data_lies(tmp_path: Path) -> None:
@@ -103,8 +103,9 @@ def test_a_deployed_site_trains_on_its_own_folder_and_not_on_files_beside_the_ac
     path = write(tmp_path)
     accord, ask = accords.load(path), {"accord": str(path)}
     (tmp_path / "sites" / "north").mkdir(parents=True)
+    node = {"site": "north", "folder": str(tmp_path / "sites"), "accord": str(path)}
     with pytest.raises(PolicyError, match=r"policy\.toml is missing"):
-        open_site(accord, "north", context(tmp_path / "sites", ask, site="north"))
+        open_site(accord, "north", context(tmp_path / "sites", ask, **node))
     made = open_site(accord, "north", context(tmp_path / "sites", ask))  # writes a policy
     made.ledger.close()
     assert len(made.task.site("north").train) > 30
@@ -112,7 +113,7 @@ def test_a_deployed_site_trains_on_its_own_folder_and_not_on_files_beside_the_ac
     own.mkdir(parents=True)
     lines = (tmp_path / "wards.csv").read_text().splitlines()
     (own / "wards.csv").write_text("\n".join(lines[:11]))
-    told = open_site(accord, "north", context(tmp_path / "sites", ask, site="north"))
+    told = open_site(accord, "north", context(tmp_path / "sites", ask, **node))
     told.ledger.close()
     data = told.task.site("north")
     assert len(data.train) + len(data.test) == 10

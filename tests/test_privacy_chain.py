@@ -10,9 +10,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedaccord import keys
 from fedaccord.errors import LedgerError
 from fedaccord.evidence import canonical_json, sha256
-from fedaccord.privacy import chain, keys
+from fedaccord.privacy import chain
 from fedaccord.privacy.chain import GENESIS, Chain, Head, Row, faults, latest, read_heads
 from fedaccord.privacy.ledger import Ledger
 

@@ -14,8 +14,9 @@ from contextlib import closing, contextmanager
 
 import pytest
 
+from fedaccord import keys
 from fedaccord.errors import BudgetError, LedgerError
-from fedaccord.privacy import keeping, keys
+from fedaccord.privacy import keeping
 from fedaccord.privacy.budget import Cap
 from fedaccord.privacy.ledger import Ledger, Terms, spent
 from fedaccord.privacy.plan import PrivacyPlan

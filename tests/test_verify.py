@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from fedaccord.errors import EvidenceError
 from fedaccord.evidence import canonical_json
+from fedaccord.keys import SigningKey
 from fedaccord.privacy.chain import GENESIS, seal
-from fedaccord.privacy.keys import SigningKey
 from fedaccord.reports.report import write_report
 from fedaccord.reports.verify import Check, verify
 from fedaccord.runs import RunFolder

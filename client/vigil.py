@@ -1,0 +1,175 @@
+"""The vigil: what a site holds every request to, and what it remembers so that none comes twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+
+from fedaccord.accord import Accord
+from fedaccord.envelope import (
+    COORDINATOR,
+    REPLY,
+    REQUEST,
+    Envelope,
+    Refused,
+    keys_led_to,
+    opened,
+    refuse_stale,
+    refuse_unexpected,
+)
+from fedaccord.evidence import canonical_json, digest, write_atomic
+from fedaccord.journal import event
+from fedaccord.strategies.updates import config_of
+
+log = logging.getLogger("fedaccord.link")
+ROUNDS = 64  # whose models are remembered
+
+
+class Vigil:
+    """What a site knows of the coordinator's earlier requests, kept on its disk.
+
+    | a request | is |
+    |---|---|
+    | seen before, or older than one that was answered | refused |
+    | of a run, site, accord or round other than its words say | refused |
+    | that asks to train for a round before the last one | refused |
+    | whose shown replies are for another model than this site was given in that round | refused, |
+    | | and so is all training in this run from then on |
+    """
+
+    def __init__(self, path: Path, accord: Accord, site: str) -> None:
+        """Read what was remembered; a file that cannot be read stops the site, it is not guessed.
+
+        Raises:
+            Refused: "state".
+        """
+        self._path, self._accord, self._site = path, accord, site
+        self._handovers: Mapping[str, Sequence[Mapping[str, Any]]] = {}
+        self._sent = 0
+        self.state: dict[str, Any] = {"nonce": 0, "run": "", "round": 0, "models": {}, "split": ""}
+        if path.exists():
+            try:
+                said = json.loads(path.read_bytes())
+                self.state = {key: type(was)(said[key]) for key, was in self.state.items()}
+            except (OSError, ValueError, KeyError, TypeError):
+                raise Refused(
+                    "state",
+                    f"{path}: cannot be read. Restore it, or delete it if you have asked "
+                    "the coordinator that no old request is about.",
+                ) from None
+
+    def begin(self, run: str, handovers: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Take part in a run; of another than before nothing is remembered but the nonce."""
+        self._handovers = handovers
+        if run != self.state["run"]:
+            self.state |= {"run": run, "round": 0, "models": {}, "split": ""}
+            self._keep()
+
+    def next_nonce(self) -> int:
+        """Return a number larger than all that this site has used, also before a restart."""
+        self._sent = max(self._sent + 1, time.time_ns())
+        return self._sent
+
+    def check(self, request: Envelope, run: str) -> None:
+        """Hold a request's envelope to what this site knows, and remember that it came.
+
+        Raises:
+            Refused: it is not one to be answered.
+        """
+        wanted = {
+            "direction": REQUEST,
+            "sender": COORDINATOR,
+            "recipient": self._site,
+            "run": run,
+            "accord": self._accord.digest,
+        }
+        refuse_unexpected(request, wanted)
+        refuse_stale(request, int(self.state["nonce"]), time.time())
+        if request.kind == "train" and request.round < self.state["round"]:
+            raise Refused(
+                "round",
+                f"Round {request.round} is asked for after round {self.state['round']}.",
+            )
+        self.state["nonce"] = request.nonce
+        self._keep()
+
+    def hold(
+        self, request: Envelope, message: Message, model: str, shown: Sequence[tuple[str, str]]
+    ) -> None:
+        """Hold a request's content to its envelope, and the model to what other sites signed.
+
+        Args:
+            request: the envelope.
+            message: what came.
+            model: digest of the global model in it.
+            shown: replies of the round before, as sites signed them: text and signature.
+
+        Raises:
+            Refused: they differ.
+        """
+        config = config_of(message.content) if message.has_content() else {}
+        said = {
+            "kind": message.metadata.message_type,
+            "run": config.get("run"),
+            "round": config.get("server-round", 0),
+            "accord": config.get("accord"),
+            "model": model,
+            "shown": digest([{"text": text, "signature": mark} for text, mark in shown])
+            if request.kind == "train"
+            else digest([]),
+        }
+        refuse_unexpected(request, said)
+        if request.kind != "train":
+            return
+        self._compare(request, shown)
+        if self.state["split"]:
+            raise Refused("model", str(self.state["split"]))
+        self.state["round"] = request.round
+        models = {**self.state["models"], str(request.round): request.model}
+        self.state["models"] = dict(list(models.items())[-ROUNDS:])
+        self._keep()
+
+    def _compare(self, request: Envelope, shown: Sequence[tuple[str, str]]) -> None:
+        """Compare the models that others were given with this site's, in the rounds shown."""
+        seen: dict[str, Envelope] = {}
+        for text, signature in shown:
+            reply = self._shown(request, text, signature)
+            seen[reply.sender] = reply
+        models = {str(reply.round): reply.model for reply in seen.values()}
+        for reply in seen.values():
+            mine = self.state["models"].get(str(reply.round), models[str(reply.round)])
+            if reply.model != mine and not self.state["split"]:
+                self.state["split"] = (
+                    f"Site {reply.sender} signed that it was given model {reply.model[:12]} in "
+                    f"round {reply.round} of run {request.run}; this site or another was given "
+                    f"{mine[:12]}. The coordinator shows different models to different sites; this "
+                    "site trains no more in this run."
+                )
+                self._keep()
+        absent = sorted(set(self._accord.roster) - set(seen))
+        if seen and absent:
+            event(log, "link.not-shown", round=request.round, sites=absent)
+
+    def _shown(self, request: Envelope, text: str, signature: str) -> Envelope:
+        """Read another site's signed reply, which must be by a key that the accord leads to."""
+        for site, pin in self._accord.pins.items():
+            for key in keys_led_to(pin, site, self._handovers.get(site, [])):
+                try:
+                    reply = opened(text, signature, key)
+                except Refused:
+                    continue
+                wanted = {"sender": site, "direction": REPLY, "kind": "train"}
+                refuse_unexpected(reply, wanted | {"run": request.run, "accord": request.accord})
+                if reply.round >= request.round:
+                    raise Refused("shown", "A shown reply is of a later round.")
+                return reply
+        raise Refused("shown", "A shown reply is signed by no site of the accord.")
+
+    def _keep(self) -> None:
+        write_atomic(self._path, canonical_json(self.state) + "\n")

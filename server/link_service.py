@@ -1,0 +1,271 @@
+"""The coordinator's end of the link: gRPC with mutual TLS; who is who, then the desks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+from secrets import token_hex
+from typing import Any, NoReturn
+
+import grpc
+
+from fedaccord import __version__, link_pb2, link_pb2_grpc
+from fedaccord.envelope import (
+    COORDINATOR,
+    JOIN,
+    MOST_TEXT,
+    SKEW,
+    WELCOME,
+    Envelope,
+    Refused,
+    Signed,
+    opened,
+    refuse_stale,
+    refuse_unexpected,
+    seal,
+)
+from fedaccord.errors import RunError
+from fedaccord.evidence import canonical_json, sha256
+from fedaccord.kit import CoordinatorKit
+from fedaccord.objects import Parcel, pieces
+from fedaccord.server.desks import Desks
+from fedaccord.server.gates import told
+from fedaccord.server.watch import BEAT
+
+SEALED = 16 << 20  # bytes of the largest single gRPC message: a list of 100,000 objects
+OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", SEALED),
+    ("grpc.max_send_message_length", SEALED),
+    ("grpc.so_reuseport", 0),
+    # A firewall forgets a silent connection after minutes; a ping keeps it, and finds a dead one.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.max_concurrent_streams", 32),
+]
+THREADS = 4  # a site: its stream of work, and what it may call meanwhile
+
+
+def serve(kit: CoordinatorKit, desks: Desks) -> tuple[grpc.Server, int]:
+    """Open the port; whoever has no certificate of the authority does not get through.
+
+    Returns:
+        The server, started, and the port that it listens on.
+
+    Raises:
+        RunError: the address is taken, or is not of this machine.
+    """
+    workers = 8 + THREADS * len(desks.accord.roster)
+    server = grpc.server(futures.ThreadPoolExecutor(workers), options=OPTIONS)
+    link_pb2_grpc.add_LinkServicer_to_server(Service(desks, kit), server)
+    pair = (kit.tls_key.read_bytes(), kit.tls_cert.read_bytes())
+    credentials = grpc.ssl_server_credentials([pair], kit.ca.read_bytes(), True)
+    try:
+        port = server.add_secure_port(kit.listen, credentials)
+    except RuntimeError:
+        raise RunError(
+            f"listen = {kit.listen}: the address is taken, or is not of this machine. Stop the "
+            "other process, or name another in coordinator.toml."
+        ) from None
+    server.start()
+    return server, port
+
+
+class Service(link_pb2_grpc.LinkServicer):
+    """What a site may call; see link.proto. Every call is held to the caller's certificate."""
+
+    def __init__(self, desks: Desks, kit: CoordinatorKit) -> None:
+        self.desks, self.kit = desks, kit
+
+    def Join(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """Check who is there and begin a session."""
+        site = ""
+        try:
+            site = self._caller(context)
+            join, hello = self._hello(site, request)
+            session = "" if hello.get("probe") is True else token_hex(16)
+            if not session:  # `fedaccord site check`: nothing begins
+                return self._welcome(site, join, session)
+            before = self.desks.sit(site, session, join.nonce)
+            if before:
+                self.desks.watch.left(site, "it joined anew", len(self.desks.present()))
+            self.desks.watch.joined(
+                site, told(hello["version"]), context.peer(), len(self.desks.present())
+            )
+            return self._welcome(site, join, session)
+        except Refused as refusal:
+            self._refuse(context, site, refusal)
+
+    def _hello(self, site: str, request: Any) -> tuple[Envelope, dict[str, Any]]:
+        desks = self.desks
+        if len(request.hello) > MOST_TEXT:
+            raise Refused("envelope", "The words of the join are too many.")
+        join = opened(request.text, request.signature, desks.members.key(site))
+        wanted = {"sender": site, "recipient": COORDINATOR, "direction": JOIN}
+        refuse_unexpected(join, wanted | {"body": sha256(request.hello)})
+        try:
+            hello = json.loads(request.hello)
+            offset = float(hello["time"]) - time.time()
+            str(hello["version"])
+        except (ValueError, KeyError, TypeError):
+            raise Refused("envelope", "The words of the join are none.") from None
+        if not abs(offset) < SKEW:
+            raise Refused(
+                "clock",
+                f"The clock of site {site} is {offset:.0f} s off the coordinator's, above "
+                f"{SKEW:.0f}. Set the clocks (`timedatectl`).",
+            )
+        refuse_stale(join, 0, time.time())
+        if join.accord != desks.accord.digest:
+            raise Refused(
+                "accord",
+                f"Site {site} holds another accord ({join.accord[:12]}) than the coordinator "
+                f"({desks.accord.digest[:12]}). Give both the same accord.toml.",
+            )
+        return join, hello
+
+    def _welcome(self, site: str, join: Envelope, session: str) -> Any:
+        """Answer a join: which run, what may be sent, which keys are in force."""
+        desks = self.desks
+        said = canonical_json(
+            {
+                "run": desks.run,
+                "session": session,
+                "join": join.nonce,
+                "time": time.time(),
+                "version": __version__,
+                "beat": BEAT,
+                "most": desks.most,
+                "handovers": {**desks.members.handovers(), COORDINATOR: self.kit.handovers()},
+            }
+        )
+        welcome = Envelope(
+            run=desks.run,
+            round=0,
+            sender=COORDINATOR,
+            recipient=site,
+            direction=WELCOME,
+            kind="",
+            message="",
+            nonce=desks.next_nonce(),
+            expires=time.time() + SKEW,
+            body=sha256(said),
+            accord=desks.accord.digest,
+            model="",
+            shown="",
+        )
+        signed = seal(welcome, desks.key)
+        return link_pb2.Sealed(text=signed.text, signature=signed.signature, hello=said)
+
+    def Work(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        """Give out requests, as they come, until the session is over."""
+        site, desks = self._session(request.id, context), self.desks
+        context.add_callback(lambda: self._left(site, request.id, "the connection ended"))
+        try:
+            for letter in desks.next_letter(site, request.id, context.is_active):
+                if letter is None:
+                    self._caller(context)  # it may have been revoked
+                elif (parcel := letter.parcel) is not None:
+                    yield _sealed(desks.sealed(letter), parcel, letter.shown)
+        except Refused as refusal:
+            self._left(site, request.id, str(refusal))
+            self._refuse(context, site, refusal)
+        finally:
+            self._left(site, request.id, desks.closed or "another session began")
+
+    def _left(self, site: str, session: str, why: str) -> None:
+        """Note once that a session ended."""
+        if self.desks.rise(site, session):
+            self.desks.watch.left(site, why, len(self.desks.present()))
+
+    def Fetch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        """Give out bytes of a request's objects."""
+        site = self._session(request.session, context)
+        try:
+            parcel = self.desks.letter(site, request.message).parcel
+            for name in request.ids:
+                part = parcel.parts.get(name.hex()) if parcel else None
+                if part is None:
+                    raise Refused("body", "The request has no such object.")
+                for data in pieces(part.load()):
+                    yield link_pb2.Piece(id=name, data=data)
+                self.desks.heard(site, request.session)
+        except Refused as refusal:
+            self._refuse(context, site, refusal)
+
+    def Offer(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """Take in a signed reply and say which of its objects are lacking."""
+        site = self._session(request.session, context)
+        try:
+            listed = ((one.id.hex(), one.size) for one in request.objects)
+            reply = self.desks.offer(site, Signed(request.text, request.signature), listed)
+            if reply is None or self.desks.arrived(site, reply.envelope.message):
+                return link_pb2.Lacking(known=True)
+            lacking = [name for name in reply.sizes if name not in self.desks.store]
+            return link_pb2.Lacking(ids=[bytes.fromhex(name) for name in lacking])
+        except Refused as refusal:
+            self._refuse(context, site, refusal)
+
+    def Push(self, request_iterator: Iterable[Any], context: grpc.ServicerContext) -> Any:
+        """Take bytes of a reply's objects; what arrives whole stays, whatever comes after."""
+        stream = iter(request_iterator)
+        first = next(stream, None)
+        if first is None:
+            return link_pb2.Receipt(whole=False)
+        site = self._session(first.session, context)
+        try:
+            sizes = self.desks.expected(site, first.message)
+
+            def came() -> Iterator[tuple[str, bytes]]:
+                yield first.id.hex(), first.data
+                for piece in stream:
+                    self.desks.heard(site, first.session)
+                    yield piece.id.hex(), piece.data
+
+            self.desks.store.take(sizes, came(), token_hex(8))
+            return link_pb2.Receipt(whole=self.desks.arrived(site, first.message))
+        except Refused as refusal:
+            self._refuse(context, site, refusal)
+
+    def Beat(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """Note that a site is there, and tell it the time."""
+        self._session(request.id, context)
+        return link_pb2.Pulse(time=time.time())
+
+    def _caller(self, context: grpc.ServicerContext) -> str:
+        """Tell which site calls, by the certificate that the connection was made with."""
+        certificate = context.auth_context().get("x509_pem_cert", [b""])[0]
+        return self.desks.members.site_of(certificate)
+
+    def _session(self, session: str, context: grpc.ServicerContext) -> str:
+        """Tell which site calls, and hold it to its session."""
+        site = ""
+        try:
+            site = self._caller(context)
+            self.desks.heard(site, session)
+        except Refused as refusal:
+            self._refuse(context, site, refusal)
+        return site
+
+    def _refuse(self, context: grpc.ServicerContext, site: str, refusal: Refused) -> NoReturn:
+        """Log it, put it on record, and end the call with its words."""
+        if refusal.reason == "session":
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, str(refusal))
+        self.desks.note(site, str(refusal), refusal.reason)
+        context.abort(grpc.StatusCode.PERMISSION_DENIED, str(refusal))
+        raise AssertionError("abort raises")
+
+
+def _sealed(signed: Signed, parcel: Parcel, shown: list[Signed]) -> Any:
+    """Write a request as it travels."""
+    parts = parcel.parts.items()
+    return link_pb2.Sealed(
+        text=signed.text,
+        signature=signed.signature,
+        objects=[link_pb2.Object(id=bytes.fromhex(name), size=part.size) for name, part in parts],
+        shown=[link_pb2.Shown(text=one.text, signature=one.signature) for one in shown],
+    )
