@@ -13,16 +13,20 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER := 0
 
-.PHONY: help demo install test soak check lint types package
+.PHONY: help demo deploy-demo install test soak check lint types package
 
 help:
 	@echo "make demo    train, audit and report on four real hospitals (installs into .venv when needed)"
+	@echo "make deploy-demo   the same four hospitals as processes of their own, over gRPC with mutual TLS"
 	@echo "make test    all tests; ARGS=\"-m 'not slow'\" leaves out the slow ones"
 	@echo "make soak    the tests that take minutes: kill -9 at every line, 8 processes racing, ..."
 	@echo "make check   lint, format, types, the wheel and the Flower App Bundle"
 
 demo: $(STAMPS)/demo
 	$(BIN)/fedaccord simulate simulations/accords/heart.toml
+
+deploy-demo: $(STAMPS)/demo
+	$(BIN)/fedaccord deploy-demo heart --compare
 
 install: $(STAMPS)/test
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,6 +32,8 @@ from fedaccord.kit import SiteKit
 
 SEALED = 16 << 20  # bytes of the largest single gRPC message
 CALL = 20.0  # seconds that a short call may take
+SHORTEST, LONGEST = 0.05, 60.0  # seconds between two signs of life that a coordinator may ask for
+RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # its name, which is a folder's
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", SEALED),
     ("grpc.max_send_message_length", SEALED),
@@ -142,7 +145,7 @@ def join(kit: SiteKit, stub: Any, probe: bool = False) -> Session:
     answer = stub.Join(sealed, timeout=CALL)
     try:
         said = dict(json.loads(answer.hello))
-        handovers = dict(said["handovers"])
+        handovers = _handovers(said["handovers"])
         mine = key_in_force(kit.coordinator_key, COORDINATOR, handovers.get(COORDINATOR, []))
         welcome = opened(answer.text, answer.signature, mine)
         offset = float(said["time"]) - time.time()
@@ -152,12 +155,14 @@ def join(kit: SiteKit, stub: Any, probe: bool = False) -> Session:
             run=str(said["run"]),
             key=mine,
             handovers=handovers,
-            beat=float(said["beat"]),
+            beat=min(max(float(said["beat"]), SHORTEST), LONGEST),
             most=int(said["most"]),
             offset=offset,
             version=str(said["version"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if not RUN.fullmatch(session.run):
+            raise ValueError("it names no run")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise Refused("envelope", "The coordinator's welcome is none.") from None
     wanted = {"sender": COORDINATOR, "recipient": kit.name, "direction": WELCOME}
     refuse_unexpected(welcome, wanted | {"body": sha256(answer.hello), "accord": accord.digest})
@@ -170,6 +175,21 @@ def join(kit: SiteKit, stub: Any, probe: bool = False) -> Session:
             "the clocks (`timedatectl`).",
         )
     return session
+
+
+def _handovers(said: Any) -> dict[str, list[dict[str, str]]]:
+    """Read handovers by name; what is none of them raises."""
+    return {
+        str(name): [
+            {"key": str(step["key"]), "signature": str(step["signature"])} for step in steps
+        ]
+        for name, steps in dict(said).items()
+    }
+
+
+def printable(words: object) -> str:
+    """Repeat what the other end said: on one line, at most 500 characters, none that acts."""
+    return "".join(c if c.isprintable() else "?" for c in str(words)[:500])
 
 
 class Probe(NamedTuple):
@@ -199,7 +219,7 @@ def probe(kit: SiteKit) -> Probe:
                 found = join(kit, link_pb2_grpc.LinkStub(channel), probe=True)
             return Probe(True, "", found.offset, found.run, found.version)
         except grpc.RpcError as fault:
-            why = f"{address}: {fault.code().name}: {str(fault.details())[:500]}"
+            why = f"{address}: {fault.code().name}: {printable(fault.details())}"
         except (Refused, KitError) as refusal:
             why = f"{address}: {refusal}"
     return Probe(False, why)

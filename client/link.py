@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import grpc
 from flwr.app import Context, Error, Message, RecordDict
@@ -16,9 +17,10 @@ from flwr.common.constant import ErrorCode
 
 from fedaccord import accord as accords
 from fedaccord import keys, link_pb2, link_pb2_grpc
-from fedaccord.client.dial import CALL, Session, dial, join
+from fedaccord.client.dial import CALL, Session, dial, join, printable
 from fedaccord.client.vigil import Vigil
 from fedaccord.envelope import (
+    AHEAD,
     COORDINATOR,
     REPLY,
     SKEW,
@@ -48,6 +50,7 @@ class Attendant:
     | | is refused and logged; nothing is run |
     | the process is killed in training | asked again, the ledger gives the same bytes or refuses |
     | the coordinator shows another model than other sites signed | no more training in this run |
+    | another process on this machine serves the same kit | RunError |
     """
 
     def __init__(self, kit: SiteKit, app: ClientApp, tell: Callable[[str], None]) -> None:
@@ -65,6 +68,7 @@ class Attendant:
                 f"{kit.accord_file}: pins no key for some site. Get the accord.toml that "
                 "`fedaccord provision` wrote once all sites had sent their requests."
             )
+        self._lock = _alone(kit)
         self.vigil = Vigil(kit.site / "link.json", self.accord, kit.name)
         self.store = Store(kit.site / "link")
         self.most = kit.max_request_mb * 1_000_000
@@ -98,12 +102,13 @@ class Attendant:
             if self.stopped.is_set():
                 break
             served = time.monotonic() - began > 2 * LONGEST
-            pause = FIRST if served or words == OVER else min(longest, 2 * pause)
+            pause = FIRST if served else min(longest, 2 * pause)
             turn += 1
             event(log, "link.down", logging.WARNING, address=address, words=words)
             self.tell(f"{address}: {words}; dialling again")
             self.stopped.wait(pause * random.uniform(0.5, 1.5))
         event(log, "link.stopped")
+        self._lock.close()
 
     def _serve(self, session: Session, address: str) -> None:
         """Answer requests until the session is over."""
@@ -115,6 +120,8 @@ class Attendant:
         beats = threading.Thread(target=_beat, args=(session, call, over), daemon=True)
         beats.start()
         try:
+            if self.stopped.is_set():  # before there was a call to be cancelled
+                return
             for sealed in call:
                 try:
                     self._answer(session, sealed)
@@ -136,7 +143,7 @@ class Attendant:
             grpc.RpcError: the connection broke; the request will come again.
         """
         request = opened(sealed.text, sealed.signature, session.key)
-        self.vigil.check(request, session.run)
+        self.vigil.check(request)
         if self._last is None or self._last[0] != request.message:
             self._last = None  # its memory is needed
             message = self._message(session, sealed, request)
@@ -203,7 +210,7 @@ class Attendant:
             kind=request.kind,
             message=mark,
             nonce=self.vigil.next_nonce(),
-            expires=time.time() + max(SKEW, self.accord.rounds.timeout),
+            expires=time.time() + min(max(SKEW, self.accord.rounds.timeout), AHEAD),
             body=parcel.root,
             accord=request.accord,
             model=request.model,
@@ -237,14 +244,27 @@ def _pieces(session: str, mark: str, parcel: Parcel, wanted: list[str]) -> Itera
             yield link_pb2.Piece(id=bytes.fromhex(name), data=data, **about)
 
 
-OVER = "the session is over"
+def _alone(kit: SiteKit) -> IO[bytes]:
+    """Hold the kit for this process; the lock goes when it ends, however it ends."""
+    lock = open(kit.site / "link.lock", "wb")  # noqa: SIM115
+    if os.name == "posix":
+        import fcntl
+
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise RunError(
+                f"{kit.folder}: another process serves this kit. Stop that one first."
+            ) from None
+    return lock
 
 
 def _plain(fault: grpc.RpcError) -> tuple[str, float]:
     """Say what broke, and how long at most to wait before dialling again."""
-    code, details = fault.code(), str(fault.details())[:500]
+    code, details = fault.code(), printable(fault.details())
     if code == grpc.StatusCode.UNAUTHENTICATED:
-        return OVER, LONGEST
+        return "the session is over", LONGEST
     if code == grpc.StatusCode.PERMISSION_DENIED:
         event(log, "link.refused-by-coordinator", logging.WARNING, words=details)
         return f"the coordinator refused: {details}", REFUSED

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,26 @@ from fedaccord.journal import event
 from fedaccord.strategies.updates import config_of
 
 log = logging.getLogger("fedaccord.link")
-ROUNDS = 64  # whose models are remembered
+ROUNDS, RUNS = 64, 64  # whose models are remembered; runs with a training that are
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a site remembers of one run.
+
+    Attributes:
+        round: the last that it was asked to train in.
+        models: digest of the model that it was given, by round.
+        split: why it trains no more in this run, or "".
+    """
+
+    round: int = 0
+    models: dict[str, str] = field(default_factory=dict)
+    split: str = ""
+
+    def __post_init__(self) -> None:
+        if (type(self.round), type(self.models), type(self.split)) != (int, dict, str):
+            raise TypeError
 
 
 class Vigil:
@@ -41,6 +61,9 @@ class Vigil:
     | that asks to train for a round before the last one | refused |
     | whose shown replies are for another model than this site was given in that round | refused, |
     | | and so is all training in this run from then on |
+    | that shows more replies than there are sites, two of one, or of several rounds | refused |
+    | that does not show the replies of all sites | logged: who is absent |
+    | of a run that was left for another meanwhile | held to all that was remembered of that run |
     """
 
     def __init__(self, path: Path, accord: Accord, site: str) -> None:
@@ -52,12 +75,14 @@ class Vigil:
         self._path, self._accord, self._site = path, accord, site
         self._handovers: Mapping[str, Sequence[Mapping[str, Any]]] = {}
         self._sent = 0
-        self.state: dict[str, Any] = {"nonce": 0, "run": "", "round": 0, "models": {}, "split": ""}
+        self._run = ""
+        self.state: dict[str, Any] = {"nonce": 0, "runs": {}}
         if path.exists():
             try:
                 said = json.loads(path.read_bytes())
-                self.state = {key: type(was)(said[key]) for key, was in self.state.items()}
-            except (OSError, ValueError, KeyError, TypeError):
+                runs = {str(name): _Run(**known) for name, known in said["runs"].items()}
+                self.state = {"nonce": int(said["nonce"]), "runs": runs}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise Refused(
                     "state",
                     f"{path}: cannot be read. Restore it, or delete it if you have asked "
@@ -65,18 +90,20 @@ class Vigil:
                 ) from None
 
     def begin(self, run: str, handovers: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Take part in a run; of another than before nothing is remembered but the nonce."""
-        self._handovers = handovers
-        if run != self.state["run"]:
-            self.state |= {"run": run, "round": 0, "models": {}, "split": ""}
-            self._keep()
+        """Take part in a run; what is remembered of others stays."""
+        self._handovers, self._run = handovers, run
+
+    @property
+    def mine(self) -> _Run:
+        """What is remembered of the run that this site takes part in."""
+        return self.state["runs"].get(self._run, _Run())
 
     def next_nonce(self) -> int:
         """Return a number larger than all that this site has used, also before a restart."""
         self._sent = max(self._sent + 1, time.time_ns())
         return self._sent
 
-    def check(self, request: Envelope, run: str) -> None:
+    def check(self, request: Envelope) -> None:
         """Hold a request's envelope to what this site knows, and remember that it came.
 
         Raises:
@@ -86,15 +113,14 @@ class Vigil:
             "direction": REQUEST,
             "sender": COORDINATOR,
             "recipient": self._site,
-            "run": run,
+            "run": self._run,
             "accord": self._accord.digest,
         }
         refuse_unexpected(request, wanted)
         refuse_stale(request, int(self.state["nonce"]), time.time())
-        if request.kind == "train" and request.round < self.state["round"]:
+        if request.kind == "train" and request.round < self.mine.round:
             raise Refused(
-                "round",
-                f"Round {request.round} is asked for after round {self.state['round']}.",
+                "round", f"Round {request.round} is asked for after round {self.mine.round}."
             )
         self.state["nonce"] = request.nonce
         self._keep()
@@ -127,34 +153,46 @@ class Vigil:
         refuse_unexpected(request, said)
         if request.kind != "train":
             return
-        self._compare(request, shown)
-        if self.state["split"]:
-            raise Refused("model", str(self.state["split"]))
-        self.state["round"] = request.round
-        models = {**self.state["models"], str(request.round): request.model}
-        self.state["models"] = dict(list(models.items())[-ROUNDS:])
+        split = self.mine.split or self._split(request, shown)
+        models = self.mine.models | ({} if split else {str(request.round): request.model})
+        number = self.mine.round if split else request.round
+        runs = {name: one for name, one in self.state["runs"].items() if name != self._run}
+        runs[self._run] = _Run(number, dict(list(models.items())[-ROUNDS:]), split)
+        self.state["runs"] = dict(list(runs.items())[-RUNS:])
         self._keep()
+        if split:
+            raise Refused("model", split)
 
-    def _compare(self, request: Envelope, shown: Sequence[tuple[str, str]]) -> None:
-        """Compare the models that others were given with this site's, in the rounds shown."""
+    def _split(self, request: Envelope, shown: Sequence[tuple[str, str]]) -> str:
+        """Compare the model that others were given with this site's, in the round shown.
+
+        Returns:
+            What was found, or "".
+        """
+        if len(shown) > len(self._accord.roster):
+            raise Refused("shown", "More replies are shown than there are sites.")
         seen: dict[str, Envelope] = {}
         for text, signature in shown:
             reply = self._shown(request, text, signature)
+            if reply.sender in seen or any(one.round != reply.round for one in seen.values()):
+                raise Refused("shown", "Two replies of one site are shown, or of several rounds.")
             seen[reply.sender] = reply
-        models = {str(reply.round): reply.model for reply in seen.values()}
+        absent = sorted(set(self._accord.roster) - set(seen))
+        if absent and (seen or self.mine.models):
+            event(log, "link.not-shown", round=request.round, sites=absent)
+        first = next(iter(seen.values()), None)
+        if first is None:
+            return ""
+        mine = self.mine.models.get(str(first.round), first.model)
         for reply in seen.values():
-            mine = self.state["models"].get(str(reply.round), models[str(reply.round)])
-            if reply.model != mine and not self.state["split"]:
-                self.state["split"] = (
+            if reply.model != mine:
+                return (
                     f"Site {reply.sender} signed that it was given model {reply.model[:12]} in "
                     f"round {reply.round} of run {request.run}; this site or another was given "
                     f"{mine[:12]}. The coordinator shows different models to different sites; this "
                     "site trains no more in this run."
                 )
-                self._keep()
-        absent = sorted(set(self._accord.roster) - set(seen))
-        if seen and absent:
-            event(log, "link.not-shown", round=request.round, sites=absent)
+        return ""
 
     def _shown(self, request: Envelope, text: str, signature: str) -> Envelope:
         """Read another site's signed reply, which must be by a key that the accord leads to."""
@@ -172,4 +210,5 @@ class Vigil:
         raise Refused("shown", "A shown reply is signed by no site of the accord.")
 
     def _keep(self) -> None:
-        write_atomic(self._path, canonical_json(self.state) + "\n")
+        runs = {name: asdict(one) for name, one in self.state["runs"].items()}
+        write_atomic(self._path, canonical_json(self.state | {"runs": runs}) + "\n")

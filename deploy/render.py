@@ -1,8 +1,8 @@
-"""`python deploy/render.py`: lint the chart and render it into deploy/kubernetes/, with Helm itself.
+"""`python deploy/render.py`: lint the chart with Helm itself and render it into deploy/kubernetes/.
 
-It needs `pip install helm-python-sdk kubernetes-validate`, in an environment of its own (the first is
-240 MB: Helm 4 as a library, no cluster and no helm command). tests/test_deploy_files.py holds what it
-wrote to the chart by its digest, and to what the pods may do, without either.
+It needs `pip install helm-python-sdk kubernetes-validate`, in an environment of its own: the first
+is 240 MB, Helm 4 as a library, without a cluster or a helm command. tests/test_deploy_files.py
+needs neither: it holds the manifests to the chart by its digest, and to what the pods may do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SITE = {
         "dataClaim": "registry",
     },
 }
-# The file's name, the release's, and the values. The first four are what docs/containers.md installs.
+# What is kept: the file's name, the release's, and the values.
 CASES = {
     "coordinator-kit": ("coordinator", RUN | {"run": False}),
     "coordinator": ("coordinator", RUN),

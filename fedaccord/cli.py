@@ -15,6 +15,7 @@ from fedaccord import (
     cli_conformance,
     cli_coordinator,
     cli_data,
+    cli_deploy,
     cli_ledger,
     cli_plan,
     cli_pretrain,
@@ -22,6 +23,7 @@ from fedaccord import (
     cli_simulate,
     cli_site,
     cli_site_check,
+    cli_site_join,
     cli_site_kit,
     cli_task,
 )
@@ -48,10 +50,12 @@ app.add_typer(cli_ledger.app, name="ledger")
 app.add_typer(cli_site.app, name="site")
 app.add_typer(cli_coordinator.coordinator, name="coordinator")
 cli_site.app.add_typer(cli_site_check.app)
+cli_site.app.add_typer(cli_site_join.app)
 cli_site.app.add_typer(cli_site_kit.app)
 app.add_typer(cli_task.app, name="task")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_conformance.app)
+app.add_typer(cli_deploy.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_pretrain.app)
 app.add_typer(cli_provision.app)

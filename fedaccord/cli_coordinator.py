@@ -1,12 +1,19 @@
-"""The commands of the coordinator: who may join (revoke), and its own keys (rotate)."""
+"""The commands of the coordinator: up, status, down, audit; who may join; its own keys."""
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
+import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from fedaccord.errors import EvidenceError, RunError
 
 coordinator = typer.Typer(
     no_args_is_help=True, help="The coordinator of a deployment: its members and its keys."
@@ -14,6 +21,148 @@ coordinator = typer.Typer(
 Where = Annotated[
     Path, typer.Argument(metavar="ACCORD", help="kits/coordinator, or the accord.toml in it.")
 ]
+
+
+@coordinator.command()
+def up(
+    accord: Where,
+    new: Annotated[
+        bool, typer.Option("--new", help="Begin another run where the last one has ended.")
+    ] = False,
+) -> None:
+    """Open the link and carry out the accord's run, or go on with the one that was cut short."""
+    os.environ.setdefault("GRPC_VERBOSITY", "INFO")  # before grpc is imported: refused handshakes
+    from rich.console import Console
+    from rich.live import Live
+
+    from fedaccord import accord as accords
+    from fedaccord import cli_standing
+    from fedaccord.kit import CoordinatorKit
+    from fedaccord.reports.report import write_report
+    from fedaccord.server import coordinator as process
+    from fedaccord.simulations import display
+
+    own, console = CoordinatorKit.read(accord), Console()
+    agreed = accords.load(own.accord_file)
+    display.quiet()
+    for name in (
+        "fedaccord.link",
+        "fedaccord.coordinator",
+    ):  # they have a file; `tell` has the rest
+        logging.getLogger(name).propagate = False
+    signal.signal(signal.SIGTERM, _interrupt)
+    standing = cli_standing.Standing(own, agreed)
+    tell = _Lines(console)
+    try:
+        with Live(standing, console=console, transient=True, refresh_per_second=2):
+            run = process.up(own, tell, new)
+    except process.Ended as ended:  # a service manager that starts it again must not begin a run
+        print(f"{ended} Report: {write_report(ended.folder)}")
+        return
+    except KeyboardInterrupt:
+        print(
+            "fedaccord: stopped. What was finished is kept, and so is what the sites reserved. Go "
+            f"on with `fedaccord coordinator up {accord}`.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(0 if _asked else 130) from None
+    page = write_report(run)
+    console.print(standing)
+    console.print(f"Report       {page}", soft_wrap=True)
+
+
+_asked: list[int] = []  # signals that asked for a stop
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    _asked.append(number)
+    raise KeyboardInterrupt
+
+
+class _Lines:
+    """Prints a line of each event, with the time, above the live table."""
+
+    def __init__(self, console: Any) -> None:
+        self._console = console
+
+    def __call__(self, words: str) -> None:
+        when = datetime.now(UTC).strftime("%H:%M:%S")
+        self._console.print(f"{when}  {words}", soft_wrap=True, markup=False, highlight=False)
+
+
+@coordinator.command()
+def status(
+    accord: Where,
+    once: Annotated[bool, typer.Option("--once", help="Print it once, do not follow.")] = False,
+) -> None:
+    """Show how the coordinator, its sites and its rounds stand; drawn anew until Ctrl-C."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from fedaccord import accord as accords
+    from fedaccord.cli_standing import Standing
+    from fedaccord.kit import CoordinatorKit
+
+    own, console = CoordinatorKit.read(accord), Console()
+    standing = Standing(own, accords.load(own.accord_file))
+    if once or not console.is_terminal:
+        console.print(standing)
+        up_ = standing.state(standing.said()).startswith("up ")
+        raise typer.Exit(0 if up_ else 1)
+    try:
+        with Live(standing, console=console, refresh_per_second=2):
+            while True:
+                time.sleep(1)
+    except KeyboardInterrupt:
+        return
+
+
+@coordinator.command()
+def down(
+    accord: Where,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds until it is ended by force.")] = 30.0,
+) -> None:
+    """Stop the coordinator of this machine; its run can be gone on with."""
+    from fedaccord import accord as accords
+    from fedaccord.cli_standing import Standing, alive
+    from fedaccord.kit import CoordinatorKit
+
+    own = CoordinatorKit.read(accord)
+    standing = Standing(own, accords.load(own.accord_file))
+    said = standing.said()
+    if not standing.state(said).startswith(("up ", "silent")):
+        raise RunError(f"coordinator {own.folder}: is {standing.state(said)}. Nothing to stop.")
+    pid, end = int(said["pid"]), time.monotonic() + wait
+    os.kill(pid, signal.SIGTERM)
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    if alive(pid):
+        os.kill(pid, signal.SIGKILL)
+        print(f"coordinator: did not stop in {wait:g} s, and was ended by force; nothing is lost.")
+        return
+    print("coordinator: stopped. Its run can be gone on with: `fedaccord coordinator up`.")
+
+
+@coordinator.command()
+def audit(
+    accord: Where,
+    entries: Annotated[bool, typer.Option("--entries", help="Every entry, a line each.")] = False,
+) -> None:
+    """Check the coordinator's audit log: every entry's hash and signature; exit code 1 if not."""
+    from fedaccord import keys
+    from fedaccord.kit import CoordinatorKit
+    from fedaccord.server import audit_log
+    from fedaccord.server.coordinator import AUDIT
+
+    own = CoordinatorKit.read(accord)
+    path = own.folder / AUDIT
+    if not path.exists():
+        raise EvidenceError(f"{path}: no such file. It is begun when the coordinator first runs.")
+    said = audit_log.audit(path, keys.load(own.signing_key).public, own.handovers())
+    faults = [line for line in said if line.startswith("FAULT")]
+    for line in said if entries else faults or said[-1:]:
+        print(line)
+    raise typer.Exit(1 if faults else 0)
 
 
 @coordinator.command()

@@ -128,7 +128,8 @@ def read(text: str) -> Envelope:
     for name, kind in wanted.items():
         if type(said[name]) is not kind and not (kind is float and type(said[name]) is int):
             raise Refused("envelope", f'The envelope\'s "{name}" is no {kind.__name__}.')
-    if not 0 <= said["nonce"] < 2**63 or not 0 <= said["round"] < 2**31:
+    within = (("nonce", 2**63), ("round", 2**31), ("expires", 2**53))
+    if not all(0 <= said[name] < end for name, end in within):
         raise Refused("envelope", "The envelope's numbers are out of range.")
     return Envelope(**said)
 

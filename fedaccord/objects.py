@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +22,12 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 
 from fedaccord.envelope import Refused
-from fedaccord.evidence import digest, sha256
+from fedaccord.evidence import digest
 
 PIECE = 1 << 20  # bytes of an object that travel at once
 MOST_OBJECTS = 100_000  # of one message
 MOST_WORDS = 64 << 20  # bytes of all of a message but the data of its arrays
+NAME = re.compile("[0-9a-f]{64}")
 MODEL = ("arrays", "model", "student")  # records that hold a global model
 
 DIVIDER = b"\x00"  # between an object's head and its body
@@ -136,11 +141,14 @@ def refuse_oversized(objects: Iterable[tuple[str, int]], root: str, most: int) -
         The sizes by id.
 
     Raises:
-        Refused: "size", or "body" if the last one is not the root.
+        Refused: "size"; "body" for a name that is no hash, which could lead elsewhere on the disk,
+            for an object that is listed twice, or if the last one is not the root.
     """
     sizes: dict[str, int] = {}
     total, last = 0, ""
     for name, size in objects:
+        if not NAME.fullmatch(name) or name in sizes:
+            raise Refused("body", "The list of objects has a name twice, or one that is no hash.")
         total, last = total + size, name
         sizes[name] = size
         if total > most or len(sizes) > MOST_OBJECTS:
@@ -162,6 +170,9 @@ class Store:
     | bytes whose hash is not the object's name, or of another length | refused, nothing is kept |
     | a part of an object, then the connection breaks | the part is dropped; whole objects stay |
     | an object that is there | is not asked for again |
+    | an object that nobody holds any longer when it is whole | refused, nothing is kept |
+
+    Several threads may use it; no more than a piece of an object is in memory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -170,23 +181,26 @@ class Store:
         folder.mkdir(parents=True)
         self._folder = folder
         self._uses: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def __contains__(self, name: str) -> bool:
         return (self._folder / name).exists()
 
     def hold(self, names: Iterable[str]) -> None:
         """Keep objects, there already or still to come, until they are let go of."""
-        for name in names:
-            self._uses[name] = self._uses.get(name, 0) + 1
+        with self._lock:
+            for name in names:
+                self._uses[name] = self._uses.get(name, 0) + 1
 
     def let_go(self, names: Iterable[str]) -> None:
         """Remove objects that nobody holds any longer."""
-        for name in names:
-            left = self._uses.pop(name, 1) - 1
-            if left > 0:
-                self._uses[name] = left
-            else:
-                (self._folder / name).unlink(missing_ok=True)
+        with self._lock:
+            for name in names:
+                left = self._uses.pop(name, 1) - 1
+                if left > 0:
+                    self._uses[name] = left
+                else:
+                    (self._folder / name).unlink(missing_ok=True)
 
     def read(self, name: str) -> bytes:
         """Return an object's bytes.
@@ -203,33 +217,49 @@ class Store:
         """Write objects as their pieces arrive.
 
         Args:
-            sizes: of the objects that may come, by name.
-            stream: name and piece; the pieces of an object stand together.
+            sizes: of the objects that may come, by name; each must be held.
+            stream: name and piece; the pieces of an object stand together, and it comes once.
             me: names this stream; of two that bring the same object both may finish.
 
         Raises:
             Refused: "body" or "size" for an object that is not what its name and size say.
         """
-        name, left, held = "", 0, list[bytes]()
-        for wanted, data in stream:
-            if not left:
-                if wanted not in sizes:
-                    raise Refused("body", "An object came that the message does not have.")
-                name, left = wanted, sizes[wanted]
-            left -= len(data)
-            if wanted != name or left < 0:
-                raise Refused("size", "An object is longer than was said, or cut short.")
-            held.append(data)
-            if left:
-                continue
-            whole = b"".join(held)
-            held.clear()
-            if sha256(whole) != name:
-                raise Refused("body", "An object's bytes are not what its name says.")
-            (self._folder / f"{name}.{me}").write_bytes(whole)
-            (self._folder / f"{name}.{me}").rename(self._folder / name)
+        pieces_, came = iter(stream), set[str]()
+        part = self._folder / f"part.{me}"
+        try:
+            while (first := next(pieces_, None)) is not None:
+                name = first[0]
+                if name not in sizes or name in came:
+                    raise Refused("body", "An object came that is not lacking.")
+                came.add(name)
+                self._write(part, name, sizes[name], chain([first], pieces_))
+                self._settle(part, name)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _write(self, part: Path, name: str, left: int, stream: Iterator[tuple[str, bytes]]) -> None:
+        """Write one object's pieces into a file, and hold their hash to its name."""
+        mark = hashlib.sha256()
+        with open(part, "wb") as file:
+            for said, data in stream:
+                left -= len(data)
+                if said != name or left < 0 or (left and not data):
+                    raise Refused("size", "An object is longer than was said, or cut short.")
+                mark.update(data)
+                file.write(data)
+                if not left:
+                    break
         if left:
             raise Refused("size", "An object was cut short.")
+        if mark.hexdigest() != name:
+            raise Refused("body", "An object's bytes are not what its name says.")
+
+    def _settle(self, part: Path, name: str) -> None:
+        """Let a whole object in, unless nobody waits for it any longer."""
+        with self._lock:
+            if name not in self._uses:
+                raise Refused("body", "An object came that nobody waits for any longer.")
+            part.replace(self._folder / name)
 
 
 def put_together(root: str, load: Load, most: int) -> tuple[Message, str]:

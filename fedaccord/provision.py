@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +212,14 @@ def _numeric(host: str) -> bool:
 
 def render(template: str, said: Mapping[str, object]) -> str:
     """Fill a template in; a name that it lacks is a fault of ours, and raised."""
-    found = Environment(
+    return _templates().get_template(template).render(said)
+
+
+@cache
+def _templates() -> Environment:
+    return Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True
     )
-    return found.get_template(template).render(said)
 
 
 def missing(kits: Kits, accord: Accord) -> list[str]:

@@ -58,7 +58,7 @@ MODES = (
         "Everything: the code that a site runs comes in the bundle that the coordinator's side "
         "submits, so a changed bundle can leave out noise, policy and ledger.",
         "As the coordinator that cheats.",
-        "As over the link, as long as the bundle is the reviewed one.",
+        "As over the link, but for the signed replies, as long as the bundle is the reviewed one.",
     ),
     Mode(
         "simulated",

@@ -1,8 +1,8 @@
 """The coordinator's audit log: who joined, was refused, was asked and answered; signed, in order.
 
 Each entry is a line of canonical JSON. It names the hash of the entry before it, has a hash of its
-own, and a signature by the coordinator's key over its number and hash. Nothing in it comes from
-records.
+own, and a signature by the coordinator's key over its number and hash; the first one names that
+key. Nothing in it comes from records.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedaccord.envelope import COORDINATOR, keys_led_to
 from fedaccord.errors import EvidenceError
 from fedaccord.evidence import canonical_json, sha256, sync_folder
 from fedaccord.journal import plain
@@ -26,9 +27,10 @@ REPEATED = "refused"  # the kind whose repetitions share an entry
 WINDOW = 60.0  # seconds that they share one for
 MOST_WINDOWS = 32  # reasons and sites that have an entry of their own at the same time
 OTHERS = "others"
-RESERVED = ("seq", "time", "kind", "previous", "hash", "signature")
+RESERVED = ("seq", "time", "kind", "key", "previous", "hash", "signature")
 MOST_LINE = 100_000  # bytes; an entry has some hundreds
 Entry = dict[str, Any]
+Handovers = Sequence[Mapping[str, Any]]
 
 
 class End(NamedTuple):
@@ -69,7 +71,7 @@ class AuditLog:
         self,
         path: Path,
         key: SigningKey,
-        formerly: Sequence[str] = (),
+        handovers: Handovers = (),
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """Open a log, or start one; the last entry is checked, and the log goes on from it.
@@ -77,12 +79,12 @@ class AuditLog:
         Args:
             path: the file, which gets mode 0600.
             key: signs each entry.
-            formerly: public keys that handed over to this one, hex; the last entry may be of any.
+            handovers: of the coordinator's keys, in order, from the first to this one.
             clock: tells the time of an entry.
 
         Raises:
-            EvidenceError: the last entry is altered or of another key, or another process has the
-                log open.
+            EvidenceError: the last entry is altered, or is of a key that did not lead to this one;
+                or another process has the log open.
         """
         self.path, self._key, self._clock = path, key, clock
         self._lock = threading.Lock()
@@ -94,7 +96,7 @@ class AuditLog:
             _alone(self._file, path)
             sync_folder(path.parent)
             cut = self._cut_unfinished()
-            self._end = self._check_last({key.public, *formerly})
+            self._end = self._check_last(handovers)
             if cut:
                 self._write("cut", {"bytes": len(cut), "sha256": sha256(cut)})
         except BaseException:
@@ -107,13 +109,16 @@ class AuditLog:
         with self._lock:
             return self._end
 
-    def append(self, kind: str, **fields: Any) -> None:
+    def append(self, kind: str, **fields: Any) -> bool:
         """Write an entry, on the disk when this returns; a repeated refusal is counted instead.
 
         Args:
             kind: "up", "join", "refused", "left", "request", "reply", "down" ...
             fields: figures and names of the system, each bounded by `journal.plain`; of a refusal,
                 `reason` and `site` tell which others it repeats.
+
+        Returns:
+            Whether an entry was written, and not only counted.
 
         Raises:
             OSError: a disk that is full or gone; nothing of the entry is left in the file.
@@ -123,8 +128,10 @@ class AuditLog:
             raise ValueError(f"audit log: {', '.join(taken)} cannot be a field. Rename it.")
         with self._lock:
             self._write_counts()
-            if kind != REPEATED or self._is_first(fields):
-                self._write(kind, fields)
+            if kind == REPEATED and not self._is_first(fields):
+                return False
+            self._write(kind, fields)
+            return True
 
     def close(self) -> None:
         """Write the counts that wait, and close the file."""
@@ -165,6 +172,8 @@ class AuditLog:
             "kind": kind,
             "previous": self._end.hash,
         }
+        if not self._end.seq:
+            entry["key"] = self._key.public
         mark = sha256(canonical_json(entry))
         entry |= {"hash": mark, "signature": self._key.sign(stamp(entry["seq"], mark))}
         line = f"{canonical_json(entry)}\n".encode()
@@ -191,13 +200,15 @@ class AuditLog:
         os.ftruncate(self._file, size - len(cut))
         return cut
 
-    def _check_last(self, keys: Iterable[str]) -> End:
+    def _check_last(self, handovers: Handovers) -> End:
         """Check the last entry by itself; `verify_audit` checks all."""
         size = os.fstat(self._file).st_size
         if not size:
             return End(0, GENESIS)
         tail = os.pread(self._file, MOST_LINE, max(0, size - MOST_LINE))
         entry, words = _read(tail[:-1].rsplit(b"\n", 1)[-1])
+        first, _ = _read(os.pread(self._file, MOST_LINE, 0).split(b"\n", 1)[0])
+        keys = _led_to(str(first.get("key")), self._key.public, handovers)
         if words or not any(_signed_by(key, entry) for key in keys):
             raise EvidenceError(self._altered(words or "is not signed by this coordinator's key"))
         return End(entry["seq"], entry["hash"])
@@ -249,6 +260,21 @@ def _signed_by(public: str, entry: Entry) -> bool:
     return signed(public, str(entry.get("signature")), words)
 
 
+def _led_to(first: str, public: str, handovers: Handovers) -> list[str]:
+    """List a coordinator's keys from a log's first one on, in order.
+
+    None, unless the first leads to the one that is given, or that one to the first.
+    """
+
+    def led(key: str) -> list[str]:  # a key may come in after some of the handovers
+        starts = range(max(1, len(handovers)))
+        return max((keys_led_to(key, COORDINATOR, handovers[at:]) for at in starts), key=len)
+
+    if first in (after := led(public)):
+        return after[after.index(first) :]
+    return found if public in (found := led(first)) else []
+
+
 def entries(path: Path) -> Iterator[Entry]:
     """Read the entries of a log without checking them; a line that is none is left out.
 
@@ -261,29 +287,33 @@ def entries(path: Path) -> Iterator[Entry]:
             yield entry
 
 
-def verify_audit(path: Path, public: str | Sequence[str], ends: Iterable[End] = ()) -> list[str]:
+def verify_audit(
+    path: Path, public: str, handovers: Handovers = (), ends: Iterable[End] = ()
+) -> list[str]:
     """List what is wrong with a coordinator's audit log, a sentence a fault.
 
-    Guarantee: with no fault, every entry is as the holder of the key wrote it, in that order, with
-    none missing before the last. That the last entries were not cut off is shown by `ends` alone.
+    Guarantee: with no fault, every entry is as the holder of the key (or of the one that it took
+    over from, or handed over to) wrote it, in that order, with none missing before the last. That
+    the last entries were not cut off is shown by `ends` alone.
 
     Args:
         path: the file.
-        public: the coordinator's public key, hex; or the keys in order, where one handed over to
-            the next.
+        public: a public key of the coordinator, hex: the one in force, or one that a kit pins.
+        handovers: of its keys, in order.
         ends: of this log, kept elsewhere.
 
     Raises:
         EvidenceError: no such file, or one that cannot be read.
     """
-    keys = [public] if isinstance(public, str) else list(public)
     kept: dict[int, set[str]] = {}
     for end in ends:
         kept.setdefault(end.seq, set()).add(end.hash)
     kept.pop(0, None)  # the end of a log without an entry
     found, previous, number = [], GENESIS, 0
+    keys: list[str] = []
     for number, line in enumerate(_lines(path), start=1):
         entry, words = _read(line)
+        keys = keys if number > 1 else _led_to(str(entry.get("key")), public, handovers)
         if not words and entry["seq"] != number:
             words = f"has the number {entry['seq']}: one before it was removed or added"
         if not words and entry.get("previous") != previous:
@@ -316,7 +346,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         ) from None
 
 
-def audit(path: Path, public: str | Sequence[str]) -> list[str]:
+def audit(path: Path, public: str, handovers: Handovers = ()) -> list[str]:
     """Lay out an audit log for a terminal: a line an entry, then what is wrong, or that nothing is.
 
     Each fault is a line that begins with "FAULT".
@@ -330,7 +360,7 @@ def audit(path: Path, public: str | Sequence[str]) -> list[str]:
         words = " ".join(f"{key}={json.dumps(rest[key])}" for key in sorted(rest))
         kind = json.dumps(str(entry.get("kind")))[1:-1]
         said.append(f"{entry.get('seq')!s:>6}  {str(entry.get('time'))[:23]}  {kind:<9} {words}")
-    faults = verify_audit(path, public)
+    faults = verify_audit(path, public, handovers)
     if not faults:
         return [*said, f"{path}: {len(said)} entries, each chained to the one before it and signed"]
     return [*said, *(f"FAULT  {fault}" for fault in faults)]

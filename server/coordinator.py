@@ -46,6 +46,10 @@ Tell = Callable[[str], None]
 class Ended(RunError):
     """The kit's run has come to its end; a new one is begun only when somebody says so."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"run {folder}: has come to its end. Say `--new` to begin another.")
+        self.folder = folder
+
 
 @dataclass(frozen=True)
 class Which:
@@ -84,7 +88,7 @@ def which(kit: CoordinatorKit, accord: Accord, new: bool) -> Which:
         begun = (folder / ROUNDS).exists() and (folder / ROUNDS).stat().st_size > 0
         ended = (folder / MANIFEST).exists()
         if begun and ended and not new:
-            raise Ended(f"run {folder}: has come to its end. Say `--new` to begin another.")
+            raise Ended(folder)
         if begun and not ended:
             if new:
                 raise RunError(
@@ -114,10 +118,7 @@ def opened(kit: CoordinatorKit, accord: Accord, which_: Which) -> Iterator[LinkG
         log = journal.to_file(kit.folder / LOGS, "coordinator")
         stack.callback(journal.close, log)
         key = keys.load(kit.signing_key)
-        first = keys.load(kit.folder / "signing.key").public
-        steps = kit.handovers()
-        formerly = [first, *(step["key"] for step in steps)]
-        audit = AuditLog(kit.folder / AUDIT, key, formerly)
+        audit = AuditLog(kit.folder / AUDIT, key, kit.handovers())
         stack.callback(audit.close)
         metrics = Metrics()
         if kit.metrics:
@@ -133,7 +134,11 @@ def opened(kit: CoordinatorKit, accord: Accord, which_: Which) -> Iterator[LinkG
         server, port = serve(kit, desks)
         stack.callback(lambda: server.stop(1.0).wait(5.0))
         stack.callback(lambda: desks.close("the coordinator stopped"))
-        about = {"run": which_.folder.name, "accord": accord.digest, "pid": os.getpid()}
+        about: dict[str, Any] = {
+            "run": which_.folder.name,
+            "accord": accord.digest,
+            "pid": os.getpid(),
+        }
         audit.append("up", port=port, resume=which_.resume, **about)
         stack.callback(audit.append, "down", run=which_.folder.name)
         journal.event(logging.getLogger("fedaccord.coordinator"), "up", port=port, **about)

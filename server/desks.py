@@ -6,16 +6,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
-
-from flwr.app import Message
 
 from fedaccord.accord import Accord
 from fedaccord.envelope import (
+    AHEAD,
     COORDINATOR,
     REPLY,
-    Envelope,
     Refused,
     Signed,
     opened,
@@ -24,67 +22,14 @@ from fedaccord.envelope import (
     seal,
 )
 from fedaccord.keys import SigningKey
-from fedaccord.objects import Parcel, Store, refuse_oversized
+from fedaccord.objects import Store, refuse_oversized
+from fedaccord.server.desk import OFTEN, Desk, Letter, Over, Reply
 from fedaccord.server.members import Members
 from fedaccord.server.watch import Watch
 
 PATIENCE = 1_000  # requests of the past whose replies are still let in, a site
+MINUTE = 60.0  # seconds in which a site may join `OFTEN` times
 INCIDENTS = 200  # kinds of incident in one round's record; more are counted together
-
-
-@dataclass
-class Letter:
-    """A request on its way to a site.
-
-    Attributes:
-        site: to whom.
-        request: its envelope; nonce and expiry are filled in at each delivery.
-        parcel: its objects; None once it is too late to deliver it.
-        shown: replies of the round before it, as sites signed them.
-        end: seconds on the wall clock; it is not delivered after that.
-        asked: the message, without its content, that a reply refers to.
-    """
-
-    site: str
-    request: Envelope
-    parcel: Parcel | None
-    shown: list[Signed]
-    end: float
-    asked: Message
-
-
-@dataclass
-class Reply:
-    """A reply that is arriving or has arrived: what its site signed, and its objects' sizes."""
-
-    signed: Signed
-    envelope: Envelope
-    sizes: dict[str, int]
-
-
-@dataclass
-class Desk:
-    """What the coordinator holds of one site.
-
-    Attributes:
-        letters: requests without a reply, by id, in order.
-        arriving: replies that were offered, by id of the request.
-        arrived: replies that nobody has pulled yet.
-        answered: ids of requests that have their reply.
-        session: the one that counts; an older one is over.
-        delivered: requests that this session has seen.
-        nonce: the largest that came from the site.
-        seen: when it was last heard, on the monotonic clock; 0 for never.
-    """
-
-    letters: dict[str, Letter] = field(default_factory=dict)
-    arriving: dict[str, Reply] = field(default_factory=dict)
-    arrived: dict[str, Reply] = field(default_factory=dict)
-    answered: dict[str, None] = field(default_factory=dict)
-    session: str = ""
-    delivered: set[str] = field(default_factory=set)
-    nonce: int = 0
-    seen: float = 0.0
 
 
 class Desks:
@@ -127,14 +72,22 @@ class Desks:
             The session that ended, or "".
 
         Raises:
-            Refused: "nonce": the envelope of this join was seen before.
+            Refused: "nonce": the envelope of this join was seen before; "session": it joins again
+                and again, as two processes with the same kit do.
         """
         with self.changed:
-            desk = self._desks[site]
+            desk, now = self._desks[site], time.monotonic()
             if nonce <= desk.nonce:
                 raise Refused("nonce", "The envelope was seen before, or came out of order.")
+            if len(desk.joins) == OFTEN and now - desk.joins[0] < MINUTE:
+                raise Refused(
+                    "session",
+                    f"Site {site} joined {OFTEN} times in {MINUTE:.0f} s. If two processes run "
+                    "with its kit, stop one.",
+                )
+            desk.joins.append(now)
             before, desk.session, desk.nonce = desk.session, session, nonce
-            desk.delivered, desk.seen = set(), time.monotonic()
+            desk.delivered, desk.seen = set(), now
             self.changed.notify_all()
             return before
 
@@ -152,12 +105,19 @@ class Desks:
         """Note that a site is there.
 
         Raises:
-            Refused: "session": another has begun since.
+            Over: another has begun since.
+            Refused: "session": it is another site's.
         """
         with self.changed:
             desk = self._desks[site]
-            if desk.session != session or self.closed:
-                raise Refused("session", "The session is over. Join again.")
+            if (
+                session
+                and any(one.session == session for one in self._desks.values())
+                and (desk.session != session)
+            ):
+                raise Refused("session", "The session is of another site.")
+            if not session or desk.session != session or self.closed:
+                raise Over("session", "The session is over. Join again.")
             desk.seen = time.monotonic()
 
     def present(self) -> list[str]:
@@ -194,8 +154,17 @@ class Desks:
             desk.letters[letter.request.message] = letter
             while len(desk.letters) > PATIENCE:
                 self._drop(desk, next(iter(desk.letters)))
+            for other in self._desks.values():  # of sites that are away, too
+                self._let_late_go(other)
             self.changed.notify_all()
         self.watch.request(letter.site, letter.request, letter.parcel.size if letter.parcel else 0)
+
+    def _let_late_go(self, desk: Desk) -> None:
+        """Forget the objects of requests whose time is up: a slot would be spent for nothing."""
+        now = time.monotonic()
+        for letter in desk.letters.values():
+            if letter.end < now:
+                letter.parcel = None
 
     def _drop(self, desk: Desk, mark: str) -> None:
         desk.letters.pop(mark, None)
@@ -239,11 +208,9 @@ class Desks:
             yield letter
 
     def _undelivered(self, desk: Desk) -> Letter | None:
-        now = time.time()
+        self._let_late_go(desk)
         for mark, letter in desk.letters.items():
-            if letter.end < now:
-                letter.parcel = None  # a site that came now would spend a slot for nothing
-            elif letter.parcel is not None and mark not in desk.delivered:
+            if letter.parcel is not None and mark not in desk.delivered:
                 return letter
         return None
 
@@ -255,7 +222,8 @@ class Desks:
 
     def sealed(self, letter: Letter) -> Signed:
         """Seal a request for one delivery."""
-        fresh = replace(letter.request, nonce=self.next_nonce(), expires=letter.end)
+        left = min(max(0.0, letter.end - time.monotonic()), AHEAD)
+        fresh = replace(letter.request, nonce=self.next_nonce(), expires=time.time() + left)
         return seal(fresh, self.key)
 
     def expected(self, site: str, mark: str) -> dict[str, int]:
@@ -323,14 +291,23 @@ class Desks:
             if any(name not in self.store for name in reply.sizes):
                 return False
             del desk.arriving[mark]
-            desk.letters[mark].parcel = None
             desk.answered[mark] = None
             while len(desk.answered) > PATIENCE:
                 desk.answered.pop(next(iter(desk.answered)))
+        try:
+            self.watch.reply(site, reply.envelope, sum(reply.sizes.values()))
+        except OSError:  # a full disk: the site may offer it again
+            with self.changed:
+                desk.answered.pop(mark, None)
+                desk.arriving[mark] = reply
+            raise
+        with self.changed:  # on record before anybody uses it
+            if mark not in desk.letters:  # meanwhile it was one of too many
+                self.store.let_go(reply.sizes)
+                return True
+            desk.letters[mark].parcel = None
             if reply.envelope.kind == "train":
                 self._shown.setdefault(reply.envelope.round, {})[site] = reply.signed
-        self.watch.reply(site, reply.envelope, sum(reply.sizes.values()))
-        with self.changed:  # on record before anybody uses it
             desk.arrived[mark] = reply
             self.changed.notify_all()
         return True

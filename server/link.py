@@ -18,7 +18,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedaccord.envelope import COORDINATOR, REQUEST, Envelope, Refused
 from fedaccord.evidence import digest
 from fedaccord.objects import Parcel, Part, put_together, take_apart
-from fedaccord.server.desks import Desks, Letter, Reply
+from fedaccord.server.desk import Letter, Reply
+from fedaccord.server.desks import Desks
 from fedaccord.server.gates import told
 from fedaccord.strategies.updates import config_of
 
@@ -127,7 +128,7 @@ class LinkGrid(Grid):
         )
         asked = Message(RecordDict(), message.metadata.dst_node_id, kind)
         asked.metadata.__dict__.update(message.metadata.__dict__)
-        end = time.time() + self.desks.accord.rounds.timeout
+        end = time.monotonic() + self.desks.accord.rounds.timeout
         return Letter(site, request, parcel, shown, end, asked)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent import futures
+from contextlib import contextmanager
 from secrets import token_hex
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
@@ -28,11 +31,15 @@ from fedaccord.envelope import (
 )
 from fedaccord.errors import RunError
 from fedaccord.evidence import canonical_json, sha256
+from fedaccord.journal import event
 from fedaccord.kit import CoordinatorKit
 from fedaccord.objects import Parcel, pieces
+from fedaccord.server.desk import Over
 from fedaccord.server.desks import Desks
 from fedaccord.server.gates import told
 from fedaccord.server.watch import BEAT
+
+log = logging.getLogger("fedaccord.link")
 
 SEALED = 16 << 20  # bytes of the largest single gRPC message: a list of 100,000 objects
 OPTIONS: list[tuple[str, Any]] = [
@@ -47,7 +54,7 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.max_concurrent_streams", 32),
 ]
-THREADS = 4  # a site: its stream of work, and what it may call meanwhile
+CALLS = 8  # of one site at a time: its stream of work, and what it calls meanwhile
 
 
 def serve(kit: CoordinatorKit, desks: Desks) -> tuple[grpc.Server, int]:
@@ -59,7 +66,7 @@ def serve(kit: CoordinatorKit, desks: Desks) -> tuple[grpc.Server, int]:
     Raises:
         RunError: the address is taken, or is not of this machine.
     """
-    workers = 8 + THREADS * len(desks.accord.roster)
+    workers = 8 + CALLS * len(desks.accord.roster)
     server = grpc.server(futures.ThreadPoolExecutor(workers), options=OPTIONS)
     link_pb2_grpc.add_LinkServicer_to_server(Service(desks, kit), server)
     pair = (kit.tls_key.read_bytes(), kit.tls_cert.read_bytes())
@@ -80,25 +87,23 @@ class Service(link_pb2_grpc.LinkServicer):
 
     def __init__(self, desks: Desks, kit: CoordinatorKit) -> None:
         self.desks, self.kit = desks, kit
+        self._lock = threading.Lock()
+        self._under_way: dict[str, list[grpc.ServicerContext]] = {}
 
     def Join(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """Check who is there and begin a session."""
-        site = ""
-        try:
-            site = self._caller(context)
+        """Check who is there and begin a session; calls of the one before it are ended."""
+        desks = self.desks
+        with self._call(context) as site:
             join, hello = self._hello(site, request)
             session = "" if hello.get("probe") is True else token_hex(16)
             if not session:  # `fedaccord site check`: nothing begins
                 return self._welcome(site, join, session)
-            before = self.desks.sit(site, session, join.nonce)
+            before = desks.sit(site, session, join.nonce)
+            self._end_others(site, context)
             if before:
-                self.desks.watch.left(site, "it joined anew", len(self.desks.present()))
-            self.desks.watch.joined(
-                site, told(hello["version"]), context.peer(), len(self.desks.present())
-            )
+                desks.watch.left(site, "it joined anew", len(desks.present()))
+            desks.watch.joined(site, told(hello["version"]), context.peer(), len(desks.present()))
             return self._welcome(site, join, session)
-        except Refused as refusal:
-            self._refuse(context, site, refusal)
 
     def _hello(self, site: str, request: Any) -> tuple[Envelope, dict[str, Any]]:
         desks = self.desks
@@ -108,10 +113,10 @@ class Service(link_pb2_grpc.LinkServicer):
         wanted = {"sender": site, "recipient": COORDINATOR, "direction": JOIN}
         refuse_unexpected(join, wanted | {"body": sha256(request.hello)})
         try:
-            hello = json.loads(request.hello)
+            hello = dict(json.loads(request.hello))
             offset = float(hello["time"]) - time.time()
             str(hello["version"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise Refused("envelope", "The words of the join are none.") from None
         if not abs(offset) < SKEW:
             raise Refused(
@@ -123,8 +128,8 @@ class Service(link_pb2_grpc.LinkServicer):
         if join.accord != desks.accord.digest:
             raise Refused(
                 "accord",
-                f"Site {site} holds another accord ({join.accord[:12]}) than the coordinator "
-                f"({desks.accord.digest[:12]}). Give both the same accord.toml.",
+                f"Site {site} holds another accord ({join.accord[:12]!r}) than the coordinator "
+                f"({desks.accord.digest[:12]!r}). Give both the same accord.toml.",
             )
         return join, hello
 
@@ -163,19 +168,21 @@ class Service(link_pb2_grpc.LinkServicer):
 
     def Work(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         """Give out requests, as they come, until the session is over."""
-        site, desks = self._session(request.id, context), self.desks
-        context.add_callback(lambda: self._left(site, request.id, "the connection ended"))
-        try:
-            for letter in desks.next_letter(site, request.id, context.is_active):
-                if letter is None:
-                    self._caller(context)  # it may have been revoked
-                elif (parcel := letter.parcel) is not None:
-                    yield _sealed(desks.sealed(letter), parcel, letter.shown)
-        except Refused as refusal:
-            self._left(site, request.id, str(refusal))
-            self._refuse(context, site, refusal)
-        finally:
-            self._left(site, request.id, desks.closed or "another session began")
+        desks, session = self.desks, request.id
+        with self._call(context) as site:
+            desks.heard(site, session)
+            context.add_callback(lambda: self._left(site, session, "the connection ended"))
+            try:
+                for letter in desks.next_letter(site, session, context.is_active):
+                    if letter is None:
+                        self._caller(context)  # it may have been revoked
+                    elif (parcel := letter.parcel) is not None:
+                        yield _sealed(desks.sealed(letter), parcel, letter.shown)
+            except Refused as refusal:
+                self._left(site, session, str(refusal))
+                raise
+            finally:
+                self._left(site, session, desks.closed or "another session began")
 
     def _left(self, site: str, session: str, why: str) -> None:
         """Note once that a session ended."""
@@ -184,8 +191,8 @@ class Service(link_pb2_grpc.LinkServicer):
 
     def Fetch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         """Give out bytes of a request's objects."""
-        site = self._session(request.session, context)
-        try:
+        with self._call(context) as site:
+            self.desks.heard(site, request.session)
             parcel = self.desks.letter(site, request.message).parcel
             for name in request.ids:
                 part = parcel.parts.get(name.hex()) if parcel else None
@@ -194,30 +201,26 @@ class Service(link_pb2_grpc.LinkServicer):
                 for data in pieces(part.load()):
                     yield link_pb2.Piece(id=name, data=data)
                 self.desks.heard(site, request.session)
-        except Refused as refusal:
-            self._refuse(context, site, refusal)
 
     def Offer(self, request: Any, context: grpc.ServicerContext) -> Any:
         """Take in a signed reply and say which of its objects are lacking."""
-        site = self._session(request.session, context)
-        try:
+        with self._call(context) as site:
+            self.desks.heard(site, request.session)
             listed = ((one.id.hex(), one.size) for one in request.objects)
             reply = self.desks.offer(site, Signed(request.text, request.signature), listed)
             if reply is None or self.desks.arrived(site, reply.envelope.message):
                 return link_pb2.Lacking(known=True)
             lacking = [name for name in reply.sizes if name not in self.desks.store]
             return link_pb2.Lacking(ids=[bytes.fromhex(name) for name in lacking])
-        except Refused as refusal:
-            self._refuse(context, site, refusal)
 
     def Push(self, request_iterator: Iterable[Any], context: grpc.ServicerContext) -> Any:
         """Take bytes of a reply's objects; what arrives whole stays, whatever comes after."""
-        stream = iter(request_iterator)
-        first = next(stream, None)
-        if first is None:
-            return link_pb2.Receipt(whole=False)
-        site = self._session(first.session, context)
-        try:
+        with self._call(context) as site:
+            stream = iter(request_iterator)
+            first = next(stream, None)
+            if first is None:
+                return link_pb2.Receipt(whole=False)
+            self.desks.heard(site, first.session)
             sizes = self.desks.expected(site, first.message)
 
             def came() -> Iterator[tuple[str, bytes]]:
@@ -228,36 +231,63 @@ class Service(link_pb2_grpc.LinkServicer):
 
             self.desks.store.take(sizes, came(), token_hex(8))
             return link_pb2.Receipt(whole=self.desks.arrived(site, first.message))
-        except Refused as refusal:
-            self._refuse(context, site, refusal)
 
     def Beat(self, request: Any, context: grpc.ServicerContext) -> Any:
         """Note that a site is there, and tell it the time."""
-        self._session(request.id, context)
-        return link_pb2.Pulse(time=time.time())
+        with self._call(context) as site:
+            self.desks.heard(site, request.id)
+            return link_pb2.Pulse(time=time.time())
 
     def _caller(self, context: grpc.ServicerContext) -> str:
         """Tell which site calls, by the certificate that the connection was made with."""
         certificate = context.auth_context().get("x509_pem_cert", [b""])[0]
         return self.desks.members.site_of(certificate)
 
-    def _session(self, session: str, context: grpc.ServicerContext) -> str:
-        """Tell which site calls, and hold it to its session."""
+    @contextmanager
+    def _call(self, context: grpc.ServicerContext) -> Iterator[str]:
+        """Say who calls; a refusal ends the call with its words and is on record.
+
+        Of a fault that nobody foresaw nothing travels: gRPC would send its words, paths and all.
+        """
         site = ""
         try:
-            site = self._caller(context)
-            self.desks.heard(site, session)
-        except Refused as refusal:
-            self._refuse(context, site, refusal)
-        return site
+            try:
+                site = self._caller(context)
+                with self._counted(site, context):
+                    yield site
+                return
+            except Over as over:
+                code, words = grpc.StatusCode.UNAUTHENTICATED, str(over)
+            except Refused as refusal:
+                code, words = grpc.StatusCode.PERMISSION_DENIED, str(refusal)
+                self.desks.note(site, words, refusal.reason)
+        except grpc.RpcError:  # the caller has gone
+            raise
+        except Exception as fault:
+            event(log, "link.failed", logging.ERROR, site=site, fault=type(fault).__name__)
+            code, words = grpc.StatusCode.INTERNAL, "internal error at the coordinator"
+        context.abort(code, words)
 
-    def _refuse(self, context: grpc.ServicerContext, site: str, refusal: Refused) -> NoReturn:
-        """Log it, put it on record, and end the call with its words."""
-        if refusal.reason == "session":
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, str(refusal))
-        self.desks.note(site, str(refusal), refusal.reason)
-        context.abort(grpc.StatusCode.PERMISSION_DENIED, str(refusal))
-        raise AssertionError("abort raises")
+    @contextmanager
+    def _counted(self, site: str, context: grpc.ServicerContext) -> Iterator[None]:
+        """Let no site take the threads that others need."""
+        with self._lock:
+            mine = self._under_way.setdefault(site, [])
+            if len(mine) >= CALLS:
+                raise Refused("session", f"Site {site} has {CALLS} calls under way already.")
+            mine.append(context)
+        try:
+            yield
+        finally:
+            with self._lock:
+                mine.remove(context)
+
+    def _end_others(self, site: str, context: grpc.ServicerContext) -> None:
+        """End what is left of a site's earlier session, whose connection may be dead."""
+        with self._lock:
+            others = [other for other in self._under_way[site] if other is not context]
+        for other in others:
+            other.cancel()
 
 
 def _sealed(signed: Signed, parcel: Parcel, shown: list[Signed]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from cryptography import x509
@@ -26,6 +27,7 @@ class Members:
     |---|---|
     | a certificate of the authority that is not the one in force for its name | refused |
     | a site that was revoked while the coordinator runs | refused from its next call on |
+    | a certificate that expires while the connection is open | the same |
     | `members.json` that cannot be read any longer | what was read last holds; nobody is added |
     """
 
@@ -66,6 +68,8 @@ class Members:
             raise Refused("certificate", f"{name[:40]!r} is no site of this accord.")
         if member.revoked:
             raise Refused("revoked", f"Site {name} was revoked on {member.revoked}.")
+        if datetime.now(UTC) > read.not_valid_after_utc:  # while the connection was open
+            raise Refused("certificate", f"The certificate of site {name} has expired.")
         if read.fingerprint(hashes.SHA256()).hex() != member.certificate:
             raise Refused(
                 "certificate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from fedaccord.envelope import Envelope
 from fedaccord.journal import event
@@ -28,14 +29,14 @@ class Watch:
         self.metrics.request(request.kind, size)
         if request.kind == "train":
             self.metrics.round(request.round)
-        about = {"type": request.kind, "round": request.round, "message": request.message}
+        about: dict[str, Any] = {"type": request.kind, "round": request.round, "message": request.message}
         self.audit.append("request", site=site, bytes=size, body=request.body, **about)
         event(log, "link.request", site=site, bytes=size, **about)
 
     def reply(self, site: str, reply: Envelope, size: int) -> None:
         """A site's whole reply is here."""
         self.metrics.reply(reply.kind, size)
-        about = {"type": reply.kind, "round": reply.round, "message": reply.message}
+        about: dict[str, Any] = {"type": reply.kind, "round": reply.round, "message": reply.message}
         self.audit.append("reply", site=site, bytes=size, body=reply.body, **about)
         event(log, "link.reply", site=site, bytes=size, **about)
 
@@ -54,11 +55,12 @@ class Watch:
     def refused(self, site: str, reason: str, words: str) -> None:
         """Somebody was not let in, or something that came was not taken."""
         self.metrics.refused(reason)
-        self.audit.append("refused", site=site, reason=reason, words=words)
-        event(log, "link.refused", logging.WARNING, site=site, reason=reason, words=words)
+        about = {"site": site, "reason": reason, "words": words}
+        if self.audit.append("refused", **about):  # a flood fills neither of the two
+            event(log, "link.refused", logging.WARNING, **about)
 
     def handshake(self, reason: str) -> None:
         """A TLS handshake was refused, so nobody knows who it was."""
         self.metrics.handshake_refused(reason)
-        self.audit.append("refused", site="", reason="handshake", words=reason)
-        event(log, "link.handshake-refused", logging.WARNING, reason=reason)
+        if self.audit.append("refused", site="", reason=reason, stage="handshake"):
+            event(log, "link.handshake-refused", logging.WARNING, reason=reason)

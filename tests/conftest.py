@@ -44,6 +44,14 @@ def heart_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def linked_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A finished run as the link leaves it (see `linked_run.Linked`); copy it before editing it."""
+    from linked_run import make
+
+    return make(tmp_path_factory.mktemp("linked"))
+
+
+@pytest.fixture(scope="session")
 def set_policy() -> Callable[..., None]:
     """Write a simulated site's policy for an accord, with some keys set to other values."""
     from fedaccord.accord import load

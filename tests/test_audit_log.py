@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedaccord import keys
+from fedaccord.envelope import handover
 from fedaccord.errors import EvidenceError
 from fedaccord.server import audit_log
 from fedaccord.server.audit_log import AuditLog, End, audit, verify_audit
@@ -135,14 +136,14 @@ def test_a_cut_end_is_found_by_an_end_that_was_kept_elsewhere_and_by_that_alone(
         log.append("reply")
         ends.append(log.end)
     log.close()
-    assert verify_audit(tmp_path / "a", key.public, ends) == []
+    assert verify_audit(tmp_path / "a", key.public, ends=ends) == []
     lines = (tmp_path / "a").read_bytes().splitlines(keepends=True)
     (tmp_path / "a").write_bytes(b"".join(lines[:3]))
     assert verify_audit(tmp_path / "a", key.public) == []
-    faults = verify_audit(tmp_path / "a", key.public, ends)
+    faults = verify_audit(tmp_path / "a", key.public, ends=ends)
     assert faults == [f"entry {n} that was kept elsewhere is gone (3 here)" for n in (4, 5)]
     fork = End(2, "0" * 64)
-    faults = verify_audit(tmp_path / "a", key.public, [*ends[:3], fork])
+    faults = verify_audit(tmp_path / "a", key.public, ends=[*ends[:3], fork])
     assert faults == ["entry 2 is not the one that was kept elsewhere"]
 
 
@@ -185,27 +186,49 @@ def test_a_second_coordinator_cannot_write_the_same_log(tmp_path, key) -> None:
 def test_the_next_key_goes_on_with_a_log_and_the_earlier_one_may_not_return(
     tmp_path, key, other
 ) -> None:
+    steps = [handover("coordinator", other.public, key)]
     path = written(tmp_path / "a", key, 2)
     with pytest.raises(EvidenceError):
         AuditLog(path, other)
-    log = AuditLog(path, other, formerly=[key.public])
+    forged = [{"key": other.public, "signature": other.sign("anything")}]
+    with pytest.raises(EvidenceError):
+        AuditLog(path, other, forged)
+    log = AuditLog(path, other, steps)
     log.append("up")
     log.close()
-    both = [key.public, other.public]
-    assert verify_audit(path, both) == []
+    assert verify_audit(path, key.public, steps) == verify_audit(path, other.public, steps) == []
     assert verify_audit(path, key.public) == ["entry 3 is not signed by the coordinator's key"]
-    assert verify_audit(path, other.public)[0].startswith("entry 1 is not signed")
-    log = AuditLog(path, key, formerly=[other.public])
+    assert verify_audit(path, other.public)[0] == "entry 1 is not signed by the coordinator's key"
+    assert verify_audit(path, other.public, forged) == verify_audit(path, other.public)
+    log = AuditLog(path, key, steps)
     log.append("up")
     log.close()
-    assert verify_audit(path, both) == ["entry 4 is not signed by the coordinator's key"]
+    wrong = ["entry 4 is not signed by the coordinator's key"]
+    assert verify_audit(path, other.public, steps) == wrong
+
+
+def test_a_log_that_was_begun_after_a_handover_is_found_whole(tmp_path, key, other) -> None:
+    third = keys.create(tmp_path / "c.key")
+    steps = [
+        handover("coordinator", new.public, old) for old, new in ((key, other), (other, third))
+    ]
+    for holder in (other, third):
+        log = AuditLog(tmp_path / "a", holder, steps)
+        log.append("up")
+        log.close()
+    for one in (key, other, third):  # the first is what older kits pin
+        assert verify_audit(tmp_path / "a", one.public, steps) == []
+    stranger = keys.create(tmp_path / "d.key")
+    assert verify_audit(tmp_path / "a", stranger.public, steps) != []
 
 
 def test_repeated_refusals_of_a_minute_are_two_entries_with_their_count(tmp_path, key) -> None:
     clock = Clock()
     log = AuditLog(tmp_path / "a", key, clock=clock)
-    for _ in range(10_000):
-        log.append("refused", reason="no certificate", peer="203.0.113.9")
+    written = [
+        log.append("refused", reason="no certificate", peer="203.0.113.9") for _ in range(10_000)
+    ]
+    assert written == [True] + [False] * 9_999
     clock.pass_by(59)
     log.append("refused", reason="nonce", site="va")
     assert len(read(tmp_path / "a")) == 2

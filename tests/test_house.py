@@ -36,7 +36,7 @@ UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load"}
 
 # Import name -> distribution, where they differ by more than "_" and "-".
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "grpc": "grpcio", "google": "protobuf", "PIL": "pillow"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "grpc": "grpcio", "google": "protobuf", "PIL": "pillow", "yaml": "pyyaml"}
 
 
 def sources(*folders: str) -> list[Path]:

@@ -107,7 +107,7 @@ def test_the_files_stay_within_their_size_and_number(path: Path) -> None:
     ),
     words=st.text(),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_whatever_is_logged_makes_one_line_of_plain_ascii(tmp_path_factory, fields, words) -> None:
     path = tmp_path_factory.mktemp("journal") / "j"
     handler = journal.to_file(path, "x", most_bytes=10**9)

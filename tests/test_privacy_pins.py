@@ -5,7 +5,7 @@ from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedaccord import accord as accords
@@ -117,6 +117,7 @@ def test_only_over_the_link_are_keys_checked(tmp_path, ward):
     assert heads_over(object(), accord).hear(site, said(other)) == ""
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=60) | st.recursive(
     st.none() | st.integers() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),

@@ -33,6 +33,8 @@ def changed(evidence: Evidence, engine: str, **privacy: object) -> Evidence:
     [
         ("InProcessGrid", {}, ["simulated"]),
         ("GrpcGrid", {}, ["stock"]),
+        ("LinkGrid", {}, ["link"]),
+        ("LinkGrid", {"enabled": False}, ["plain"]),
         ("GrpcGrid", {"enabled": False}, ["plain"]),
         ("InProcessGrid", {"enabled": False}, ["simulated", "plain"]),
         ("GrpcGrid", {"unit": "client", "clipping_norm": 1.0}, ["client"]),

@@ -19,9 +19,6 @@ spec:
   automountServiceAccountToken: false
   enableServiceLinks: false
   terminationGracePeriodSeconds: 60
-  {{- if and .Values.run (eq .Values.role "coordinator") }}
-  restartPolicy: OnFailure
-  {{- end }}
   {{- with .Values.imagePullSecrets }}
   imagePullSecrets:
     {{- toYaml . | nindent 4 }}
