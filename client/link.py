@@ -17,6 +17,7 @@ from flwr.common.constant import ErrorCode
 
 from fedaccord import accord as accords
 from fedaccord import keys, link_pb2, link_pb2_grpc
+from fedaccord.client.check import data_of
 from fedaccord.client.dial import CALL, Session, dial, join, printable
 from fedaccord.client.vigil import Vigil
 from fedaccord.envelope import (
@@ -181,7 +182,7 @@ class Attendant:
     def _reply(self, message: Message) -> Message:
         """Let the ClientApp answer; what it raises stays here."""
         node = {"site": self.kit.name, "folder": str(self.kit.folder)}
-        node |= {"accord": str(self.kit.accord_file), "data": self.kit.data}
+        node |= {"accord": str(self.kit.accord_file), "data": str(data_of(self.kit))}
         context = Context(
             run_id=1,
             node_id=message.metadata.dst_node_id,

@@ -58,8 +58,10 @@ def provision(
         print(f"{name}: new kit in {out / name}")
     if not demo:
         _policies(kits, agreed)
+    issued = []
     for asked in _requests(kits, request or [], agreed, demo):
         words, changed = membership.grant(kits, agreed, asked, days, now)
+        issued += [asked.site] if changed else []
         if changed or request:
             print(words)
     lacking = provision.missing(kits, agreed)
@@ -69,7 +71,7 @@ def provision(
     final, new = provision.finish(kits, agreed, file)
     if demo:
         _approve(kits, final)
-    print(_granted(kits, final, new, demo))
+    print(_granted(kits, final, new, issued, demo))
 
 
 def _there(kits: Kits) -> bool:
@@ -120,7 +122,7 @@ def _waits(out: Path, lacking: list[str]) -> str:
     )
 
 
-def _granted(kits: Kits, final: Accord, new: bool, demo: bool) -> str:
+def _granted(kits: Kits, final: Accord, new: bool, issued: list[str], demo: bool) -> str:
     """Say which accord all must approve, and what comes next."""
     own = kits.coordinator
     lines = [f"accord {final.name} with all keys: {own / 'accord.toml'}, digest {final.digest}"]
@@ -138,4 +140,5 @@ def _granted(kits: Kits, final: Accord, new: bool, demo: bool) -> str:
         lines.append(f"Next: fedaccord coordinator up {own}")
     else:
         lines.append("It is the one that was sent; nothing about it has changed.")
+        lines += [f"Send {name} its new {kits.site(name) / 'site.pem'}" for name in issued]
     return "\n".join(lines)

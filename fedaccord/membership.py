@@ -216,11 +216,14 @@ def in_force(member: Member, site: str) -> str:
 
 
 def waiting(kits: Kits) -> list[Request]:
-    """Read the requests that lie beside the kits; those older than one that was granted are left.
+    """Read the requests that lie beside the kits and were not granted yet.
+
+    One that was granted is passed over even where the site's folder has been sent away since: a new
+    certificate would shut out the site that has the old one.
 
     Raises:
         KitError: one that is no request, or was changed since it was signed.
     """
     members = kits.own().members()
     found = [enrolment.read(file) for file in sorted(kits.requests.glob("*.json"))]
-    return [one for one in found if one.site not in members or one.made >= members[one.site].made]
+    return [one for one in found if one.site not in members or one.made > members[one.site].made]

@@ -148,8 +148,9 @@ def _lay_coordinator(
         root = authority.found(f"FedAccord {accord.name}", key, AUTHORITY_DAYS, now)
         write_atomic(kits.authority / "ca.pem", authority.certificate_pem(root))
     if not toml.is_file():
-        port = kit.host_and_port(addresses[0])[1]
-        listen = f"{'127.0.0.1' if demo else '0.0.0.0'}:{port}"
+        found = [kit.host_and_port(address) for address in addresses]
+        here = all(host in ("127.0.0.1", "localhost") for host, _ in found)
+        listen = f"{'127.0.0.1' if here else '0.0.0.0'}:{found[0][1]}"
         said = {"accord": accord.name, "addresses": addresses, "listen": listen, "demo": demo}
         write_atomic(toml, render("coordinator.toml.j2", said))
     own = kits.own()

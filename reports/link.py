@@ -12,10 +12,11 @@ from fedaccord.reports.checks import Check
 from fedaccord.runs import Record
 
 ENGINE = "LinkGrid"
-ITS_OWN = ("link", "envelopes")  # keys that only records of the link have
+ITS_OWN = ("link", "envelopes", "handovers")  # keys that only records of the link have
 INCIDENT = {"site": str, "what": str, "count": int}
 
 Books = Mapping[str, list[Record]]
+Handovers = dict[str, list[dict[str, Any]]]
 
 
 def over_link(records: list[Record]) -> bool:
@@ -28,17 +29,23 @@ def concerned(records: list[Record]) -> bool:
     return over_link(records) or any(key in record for record in records for key in ITS_OWN)
 
 
-def handovers_of(records: list[Record]) -> dict[str, list[dict[str, Any]]]:
-    """Return the handovers of each name's keys, as the last record that tells of them has them.
+def told(records: list[Record]) -> Iterator[tuple[str, Handovers]]:
+    """List the handovers of the sites' keys with the path where they are on record.
 
-    The start tells of all; a resumption and a round of those that came since.
+    A key may change while a run goes on, so every round tells of them.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        if record.get("kind") in ("start", "resume"):
-            found |= record.get("link", {}).get("handovers", {})
-        elif record.get("kind") == "round":
-            found |= record.get("handovers", {})
+        if record.get("kind") == "start":
+            yield "start: link.handovers", record.get("link", {}).get("handovers", {})
+        elif "handovers" in record:
+            yield f"{record['id']}: handovers", record["handovers"]
+
+
+def handovers_of(records: list[Record]) -> Handovers:
+    """Return the handovers of each site's keys, as the last record that tells of them has them."""
+    found: Handovers = {}
+    for _, said in told(records):
+        found |= said
     return found
 
 
@@ -73,15 +80,16 @@ def check_link(check: Check, run: str, records: list[Record], accord: Accord, bo
             check.holds(False, f"{where} has no place in a run that the link did not carry")
         return
     handovers = handovers_of(records)
-    _check_coordinator(check, records, handovers)
+    _check_coordinator(check, records)
     keys = {}
     for site in accord.roster:
         pin = accord.pins.get(site)
         if check.holds(pin is not None, f"accord.toml: sites[{site}] has no key for the link"):
             steps, book = handovers.get(site, []), books.get(site, [])
             keys[site] = _check_keys(check, site, str(pin), steps, run, book)
-    for site in sorted(set(handovers) - {*accord.roster, COORDINATOR}):
-        check.holds(False, f"rounds.jsonl: start: link.handovers: {site} is not in the accord")
+    for where, said in told(records):
+        for site, steps in said.items():
+            _check_handovers(check, f"rounds.jsonl: {where}.{site}", accord, site, steps, handovers)
     _check_witnesses(check, run, books, accord, handovers)
     last: dict[str, int] = {}
     for record in (r for r in records if r["kind"] == "round"):
@@ -89,25 +97,34 @@ def check_link(check: Check, run: str, records: list[Record], accord: Accord, bo
         _check_round(check, run, record, accord, books, keys, last)
 
 
-def _check_coordinator(check: Check, records: list[Record], handovers: dict[str, Any]) -> None:
-    """Check the form of the coordinator's key, and its handovers."""
+def _check_coordinator(check: Check, records: list[Record]) -> None:
+    """Check the form of the coordinator's key; the sites' kits say whether it is the right one."""
     said = records[0].get("link", {}).get("coordinator_key")
-    where = "rounds.jsonl: start: link."
-    if check.holds(_hex(said), f"{where}coordinator_key is no ed25519 key"):
-        steps = handovers.get(COORDINATOR, [])
-        led = keys_led_to(str(said), COORDINATOR, steps)
-        words = f"{where}handovers.{COORDINATOR}[{len(led) - 1}] is not signed by the key before it"
-        check.holds(len(led) == len(steps) + 1, words)
+    check.holds(_hex(said), "rounds.jsonl: start: link.coordinator_key is no ed25519 key")
+
+
+def _check_handovers(
+    check: Check,
+    where: str,
+    accord: Accord,
+    site: str,
+    steps: list[dict[str, Any]],
+    handovers: Handovers,
+) -> None:
+    """Check the handovers in one record: each signed, and none taken back later."""
+    if not check.holds(site in accord.roster, f"{where}: {site} is not in the accord"):
+        return
+    led = keys_led_to(accord.pins.get(site, ""), site, steps)
+    words = f"{where}[{len(led) - 1}] is not signed by the key before it"
+    check.holds(len(led) == len(steps) + 1, words)
+    check.holds(steps == handovers[site][: len(steps)], f"{where} is not in a later record")
 
 
 def _check_keys(
     check: Check, site: str, pin: str, steps: list[dict[str, Any]], run: str, book: list[Record]
 ) -> list[str]:
     """Follow a site's keys from the pinned one, by handovers and its ledger; both must agree."""
-    where = f"rounds.jsonl: start: link.handovers.{site}"
     led = keys_led_to(pin, site, steps)
-    words = f"{where}[{len(led) - 1}] is not signed by the key before it"
-    check.holds(len(led) == len(steps) + 1, words)
     if not book:
         return led
     held = [entry["public_key"] for entry in book if entry.get("kind") == "KEY"]
@@ -115,7 +132,7 @@ def _check_keys(
     if not check.holds(pin in held, f"{words}has another ({', '.join(k[:12] for k in held)})"):
         return led
     held = held[held.index(pin) :]
-    words = f"{where} leads to a key that ledgers/{site}.jsonl does not hand over to"
+    words = f"rounds.jsonl: a handover of {site} leads to a key that its ledger does not hold"
     check.holds(led == held[: len(led)], words)
     for entry, signer in _signers(book):
         if entry.get("run") == run and signer not in held:
@@ -241,7 +258,7 @@ def _check_envelope(
 
 
 def _check_witnesses(
-    check: Check, run: str, books: Books, accord: Accord, handovers: dict[str, Any]
+    check: Check, run: str, books: Books, accord: Accord, handovers: Handovers
 ) -> None:
     """Find every head of a peer that a site took in during a run to be of the peer's own key.
 

@@ -175,13 +175,14 @@ def check_site(
     bare = any((entry["plan"] or {}).get("unit") == "client" for entry in reserved)
     rounds = [r for r in records if r["kind"] == "round"]
     entries = {(e["kind"], e.get("round")): e for e in mine}
+    begun = {r["round"] + 1 for r in records if r["kind"] == "resume"}  # with nobody knows whom
     for record in rounds:
         about = f"{where}: round {record['round']}: "
         _check_head(check, f"rounds.jsonl: {record['id']}: heads.{site}", record, site, book)
         intent, release, counts = (
             (kind, record["round"]) in entries for kind in ("INTENT", "RELEASE", "COUNTS")
         )
-        invited = site in record["invited"]
+        invited = site in record["invited"] or record["round"] in begun
         check.holds(invited or not intent, f"{about}INTENT, but the site was not invited")
         reply = record["replies"].get(site, {})
         accepted = reply.get("accepted", False)

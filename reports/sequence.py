@@ -101,17 +101,22 @@ def check_rounds(check: Check, records: list[Record], accord: Accord) -> None:
     plans: dict[str, Record] = {}
     start = records[0]
     used: dict[str, int] = {}
+    begun: set[int] = set()  # rounds that were begun by a process that was cut short
     model, finished = start["model"]["weights"], 0
     for record in records:
         if record["kind"] == "plan":
             plans[record["site"]] = record["entry"]
             used[record["site"]] = 0
+        if record["kind"] == "resume":
+            begun.add(int(record["round"]) + 1)
         if record["kind"] != "round":
             continue
         where = f"rounds.jsonl: {record['id']}: "
         for site in record["invited"]:
-            if check.holds(site in plans, f"{where}invited {site}, which has no plan"):
-                used[site] += 1
+            check.holds(site in plans, f"{where}invited {site}, which has no plan")
+        for site in plans:  # whom a process asked before it was cut short is not on record
+            if site in record["invited"] or record["round"] in begun:
+                used[site] = min(used[site] + 1, plans[site]["rounds"])
         check.equal(f"{where}replies", sorted(record["replies"]), sorted(record["invited"]))
         accepted = sorted(s for s, said in record["replies"].items() if said["accepted"])
         for site, said in record["replies"].items():

@@ -165,7 +165,8 @@ class LinkGrid(Grid):
                     open_.remove(mark)
                     replies.append(reply)
             if open_:
-                self.clock.sleep(1.0)
+                left = 1.0 if end is None else end - time.monotonic()
+                self.clock.sleep(min(1.0, max(0.0, left)))
         return replies
 
     def about(self) -> dict[str, Any]:
@@ -175,4 +176,5 @@ class LinkGrid(Grid):
 
     def notes(self, number: int) -> dict[str, Any]:
         """Return what a round's record says of the link."""
-        return self.desks.notes(number)
+        handovers = self.desks.members.handovers()  # a key may change while a run goes on
+        return self.desks.notes(number) | ({"handovers": handovers} if handovers else {})

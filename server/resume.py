@@ -89,6 +89,23 @@ class Past:
                 out[site] = out[site] + 1 if said["reason"] == "no answer" else 0
         return dict(out)
 
+    def asked(self) -> Counter[str]:
+        """Count for each site the rounds whose slot it may have used, up to now.
+
+        Whom a process asked before it was cut short is not on record, so every site that had
+        reserved counts as asked for the round that was begun again.
+        """
+        out: Counter[str] = Counter()
+        reserved, begun = set[str](), set[int]()
+        for record in self.records:
+            if record["kind"] == "plan":
+                reserved.add(record["site"])
+            elif record["kind"] == "resume":
+                begun.add(record["round"] + 1)
+            elif record["kind"] == "round":
+                out.update(reserved if record["round"] in begun else record["invited"])
+        return out
+
     def seat(self, places: list[Place], away: int) -> list[Place]:
         """Give each place the slots and misses that the records say.
 
@@ -104,7 +121,7 @@ class Past:
                 replaced, and what it has spent cannot be known.
         """
         reserved = {record["site"]: record["entry"] for record in self.of_kind("plan")}
-        asked = Counter(site for record in self.of_kind("round") for site in record["invited"])
+        asked = self.asked()
         misses = self.misses(away)
         for place in places:
             before = reserved.get(place.site)
@@ -113,11 +130,11 @@ class Past:
                     f"Site {place.site} shows another reservation for run {self.folder.id} than "
                     "the one on record. Name the folder of sites that the run began with (--sites)."
                 )
-            place.slots -= asked[place.site]
+            place.slots = max(0, place.slots - asked[place.site])
             place.misses = misses.get(place.site, 0)
         here = {place.site for place in places}
         gone = [
-            Place(site, NOWHERE, int(entry["rounds"]) - asked[site], entry, away)
+            Place(site, NOWHERE, max(0, int(entry["rounds"]) - asked[site]), entry, away)
             for site, entry in reserved.items()
             if site not in here
         ]
@@ -177,6 +194,7 @@ def take_up(coordinator: Coordinator, past: Past) -> str:
     """
     coordinator.number, coordinator.finished = past.number, past.finished
     coordinator.missing, state = past.missing, past.state
+    coordinator.begun = past.number + 1
     if state is None:
         return ""
     # In the order of the model's own weights, by which strategies number and sum them.

@@ -57,6 +57,7 @@ class Coordinator:
     number: int = 0
     finished: int = 0
     missing: int = 0  # rounds in a row in which too few sites were there
+    begun: int = 0  # the round that an earlier process may have begun; nobody knows with whom
     # Of the round under way:
     verdicts: list[Verdict] = field(default_factory=list)
     late: list[dict[str, str]] = field(default_factory=list)
@@ -126,10 +127,11 @@ class Coordinator:
 
     def train(self, drawn: list[Place]) -> Iterator[Message]:
         """Step 2: let the strategy address the drawn sites; give back replies as they arrive."""
+        for place in self.places:  # a slot is gone once it is asked for, answer or not
+            if place in drawn or self.number == self.begun:
+                place.slots = max(0, place.slots - 1)
         if not drawn:
             return iter(())
-        for place in drawn:  # a slot is gone once it is asked for, answer or not
-            place.slots -= 1
         messages = self.driver.ask(
             self.number,
             self.model,

@@ -29,7 +29,11 @@ class Watch:
         self.metrics.request(request.kind, size)
         if request.kind == "train":
             self.metrics.round(request.round)
-        about: dict[str, Any] = {"type": request.kind, "round": request.round, "message": request.message}
+        about: dict[str, Any] = {
+            "type": request.kind,
+            "round": request.round,
+            "message": request.message,
+        }
         self.audit.append("request", site=site, bytes=size, body=request.body, **about)
         event(log, "link.request", site=site, bytes=size, **about)
 

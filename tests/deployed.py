@@ -77,9 +77,10 @@ def training(number: int = 1, weight: float = 0.0, **config: Any) -> Message:
     return Message(content, FIRST_NODE, "train")
 
 
-def answer(value: float = 1.0, size: int = 4, **config: Any) -> Message:
-    """A reply of a site, but for what it replies to, which does not travel."""
-    arrays = ArrayRecord({"w": Array(np.full(size, value))})
+def answer(value: Any = 1.0, **config: Any) -> Message:
+    """A reply of a site, with four equal weights or those that are given."""
+    held = np.full(4, value) if isinstance(value, float) else value
+    arrays = ArrayRecord({"w": Array(held)})
     content = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
     return Message(content, FIRST_NODE, "train")
 

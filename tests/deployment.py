@@ -158,7 +158,7 @@ class Deployment:
     dialled: int = 0
 
     def __enter__(self) -> Deployment:
-        self.port = free_port()
+        self.port = self.port or free_port()
         self.dialled = self.dialled or self.port
         words = [str(self.accord), "--out", str(self.kits), "--demo"]
         words += ["--address", f"127.0.0.1:{self.dialled}"]

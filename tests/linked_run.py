@@ -67,7 +67,7 @@ def sign(records: list[Row], run: str, step: Row, signers: Signers) -> None:
     records[0] |= {"engine": "LinkGrid", "link": about}
     for record in rounds_of(records):
         ask = functools.partial(envelope, record, run, records[0]["accord"])
-        record["link"] = []
+        record |= {"link": [], "handovers": {"va": [step]}}
         record["envelopes"] = {s: seal(ask(s), signers[s]).to_json() for s in SITES}
 
 

@@ -140,6 +140,20 @@ def note_readings(path):
     Ledger.intend, site_app._read = intended, noted
 
 
+def send_twice(every):
+    """Have a site send each n-th reply a second time, newly sealed."""
+    own, count = link.Attendant._send, [0]
+
+    def planted(self, session):
+        own(self, session)
+        count[0] += 1
+        if count[0] % every == 0:
+            own(self, session)
+            tell("sent twice")
+
+    link.Attendant._send = planted
+
+
 def shift_clock(seconds):
     own, own_ns = time.time, time.time_ns
     time.time = lambda: own() + seconds
@@ -174,6 +188,8 @@ def prepare(order):
 
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (value, value))
+        elif name == "twice":
+            send_twice(value)
         elif name == "notes":
             note_readings(value)
         elif name == "slow":

@@ -87,7 +87,7 @@ def in_package(name: str) -> bool:
         return False
     code = rest.endswith(".py") and "/" not in rest
     data = {
-        "fedaccord": rest == "py.typed",
+        "fedaccord": rest == "py.typed" or rest.startswith("templates/"),
         "simulations": Path(rest).match("*.json") or Path(rest).match("accords/*.toml"),
         "reports": rest.startswith("templates/"),
     }

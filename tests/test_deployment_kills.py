@@ -6,7 +6,6 @@ What is killed are real processes that talk over the link with mutual TLS; see d
 from __future__ import annotations
 
 import random
-import signal
 import time
 from datetime import datetime
 from pathlib import Path

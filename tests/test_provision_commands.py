@@ -52,6 +52,13 @@ def test_the_commands_take_a_site_from_nothing_to_a_certificate(
     assert (code, err) == (0, "")
     assert mine in said and "requests of: cleveland, hungary, switzerland." in said
     assert SitePolicy.read(out / "va" / "va" / "policy.toml").approved == []
+    members = (out / "coordinator" / "members.json").read_bytes()
+    shutil.copytree(out / "va", tmp_path / "va")
+    shutil.rmtree(out / "va")  # it was sent away
+    assert called("provision", "heart", "--out", out)[0] == 0
+    assert (out / "coordinator" / "members.json").read_bytes() == members
+    shutil.rmtree(out / "va")
+    shutil.copytree(tmp_path / "va", out / "va")
     code, said, err = called("site", "rotate", out / "va", "--key")
     assert (code, err) == (0, "") and mine not in said
     request = ("--request", out / "va" / "request.json")

@@ -84,6 +84,10 @@ FORGED: dict[str, tuple[Callable[[Kits], Request], str]] = {
         lambda kits: signed(kits, another(kits), made=LATER),
         "is not the one in force",
     ),
+    "another's key, at the second of the one that was granted": (
+        lambda kits: signed(kits, another(kits)),
+        "is not the one in force",
+    ),
     "a handover signed by the new key itself": (
         lambda kits: signed(
             kits,

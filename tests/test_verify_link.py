@@ -94,6 +94,11 @@ def by_a_stranger(records: list[Row], signers: Signers) -> None:
     records[0]["link"]["handovers"]["va"] = [step]
 
 
+def by_a_stranger_later(records: list[Row], signers: Signers) -> None:
+    step = handover("va", signers["va"].public, signers["cleveland"])
+    rounds_of(records)[1]["handovers"] = {"va": [step]}
+
+
 NOT_ITS_KEY = "is not signed by the key that the accord pins, or one that it handed over to"
 EDITS: dict[str, tuple[Callable[..., None], str]] = {
     "an accepted update without a signature": (gone, "hungary is missing: an update was accepted"),
@@ -125,16 +130,24 @@ EDITS: dict[str, tuple[Callable[..., None], str]] = {
         sets(1, link=[{"site": "va", "what": "refused", "count": 0}]),
         "link[0] is no incident",
     ),
-    "no handover": (no_handover, ""),  # the ledger's own KEY entry shows it as well
+    "no handover": (no_handover, ""),  # the rounds and the ledger's KEY entry show it as well
+    "a handover taken back": (
+        sets(1, handovers={"va": []}),
+        "round-1: handovers.va is not in a later record",
+    ),
+    "a handover in a round that another key signed": (by_a_stranger_later, "round-2: handovers.va"),
     "a handover that another key signed": (by_a_stranger, "handovers.va[0] is not signed by the"),
-    "a handover that the ledger does not know": (to_a_stranger, "leads to a key that ledgers/hun"),
+    "a handover that the ledger does not know": (
+        to_a_stranger,
+        "a handover of hungary leads to",
+    ),
     "no key of the coordinator": (
         sets(-1, link={"coordinator_key": "x", "handovers": {}}),
         "start: link.coordinator_key is no ed25519 key",
     ),
     "handovers of a stranger": (
         sets(-1, link={"coordinator_key": MODEL, "handovers": {"x": []}}),
-        "link.handovers: x is not in the accord",
+        "handovers.x: x is not in the accord",
     ),
     "another engine": (
         sets(-1, engine="InProcessGrid"),
@@ -175,8 +188,10 @@ def test_one_digit_changed_in_what_was_signed_is_found_although_the_chain_was_me
         def change(records: list[Row], seen: list[str] = seen) -> None:
             holders = [(r["envelopes"][s], k) for r in rounds_of(records) for s in SITES
                        for k in ("text", "signature")]  # fmt: skip
-            step = records[0]["link"]["handovers"]["va"][0]
-            holder, key = rng.choice([*holders, (step, "key"), (step, "signature")])
+            steps = [record["handovers"]["va"][0] for record in rounds_of(records)]
+            steps.append(records[0]["link"]["handovers"]["va"][0])
+            holders += [(step, key) for step in steps for key in ("key", "signature")]
+            holder, key = rng.choice(holders)
             places = [match.start() for match in re.finditer(r"\d", holder[key])]
             at = rng.choice(places)
             other = rng.choice("0123456789".replace(holder[key][at], ""))
