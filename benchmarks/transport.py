@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from flwr.serverapp import Grid
 from rich.console import Console
 from rich.table import Table
 
@@ -66,11 +67,11 @@ def in_process(model: str, rounds: int) -> Taken:
     from fedaccord.simulations.engine import InProcessGrid
 
     grid = InProcessGrid(apps.client_app, SITES, {})
-    return taken(apps.carry(grid, model, rounds, SITES, "", ""), None)
+    return taken(apps.carry(grid, model, rounds, SITES), None)
 
 
 @contextmanager
-def linked(work: Path) -> Iterator[tuple[object, str, str]]:
+def linked(work: Path) -> Iterator[tuple[Grid, str, str]]:
     """Start a coordinator's link here and four sites as processes; give the grid, run, accord."""
     from fedaccord import accord as accords
     from fedaccord.kit import CoordinatorKit
@@ -112,9 +113,9 @@ def over_the_link(models: Sequence[str], rounds: int, work: Path) -> dict[str, T
     """Carry each model over the link."""
     found = {}
     with linked(work) as (grid, run, accord):
-        for model in models:
+        for place, model in enumerate(models):
             before = loopback()
-            seconds = apps.carry(grid, model, rounds, SITES, run, accord)  # type: ignore[arg-type]
+            seconds = apps.carry(grid, model, rounds, SITES, run, accord, place * rounds)
             found[model] = taken(seconds, (loopback() - before) / rounds)
     return found
 

@@ -22,7 +22,7 @@ MODELS: dict[str, list[int]] = {
     "20 MB": [312_500] * 16,
     "100 MB": [781_250] * 32,
 }
-CONFIG = {"model": "0.1 MB", "rounds": 1, "out": "", "sites": 4, "run": "", "accord": ""}
+CONFIG = {"model": "0.1 MB", "rounds": 1, "out": "", "sites": 4}
 
 client_app = ClientApp()
 server_app = ServerApp()
@@ -44,12 +44,24 @@ def weights(model: str) -> list[np.ndarray]:
     return [rng.standard_normal(size, np.float32) for size in MODELS[model]]
 
 
-def carry(grid: Grid, model: str, rounds: int, sites: int, run: str, accord: str) -> list[float]:
-    """Send a model to all sites and wait for their replies, some rounds; seconds of each."""
+def carry(
+    grid: Grid, model: str, rounds: int, sites: int, run: str = "", accord: str = "", after: int = 0
+) -> list[float]:
+    """Send a model to all sites and wait for their replies, some rounds; seconds of each.
+
+    Args:
+        grid: any carrier.
+        model: a name of `MODELS`.
+        rounds: how many.
+        sites: how many there are.
+        run: the run's id, as our link holds messages to it.
+        accord: the accord's digest, likewise.
+        after: the last round that was carried before; a site refuses rounds that go back.
+    """
     values, seconds = weights(model), []
     while len(nodes := sorted(grid.get_node_ids())) < sites:
         time.sleep(0.1)
-    for number in range(1, rounds + 1):
+    for number in range(after + 1, after + rounds + 1):
         values = [value * np.float32(1.01) for value in values]
         began = time.perf_counter()
         arrays = ArrayRecord({f"layer{n}": Array(value) for n, value in enumerate(values)})
@@ -79,7 +91,5 @@ def main(grid: Grid, context: Context) -> None:
         str(config["model"]),
         int(config["rounds"]),
         int(config["sites"]),
-        str(config["run"]),
-        str(config["accord"]),
     )
     Path(str(config["out"])).write_text(json.dumps(took))

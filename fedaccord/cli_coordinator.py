@@ -36,11 +36,11 @@ def up(
     from rich.live import Live
 
     from fedaccord import accord as accords
-    from fedaccord import cli_standing
     from fedaccord.kit import CoordinatorKit
     from fedaccord.reports.report import write_report
     from fedaccord.server import coordinator as process
     from fedaccord.simulations import display
+    from fedaccord.standing import Standing
 
     own, console = CoordinatorKit.read(accord), Console()
     agreed = accords.load(own.accord_file)
@@ -51,7 +51,7 @@ def up(
     ):  # they have a file; `tell` has the rest
         logging.getLogger(name).propagate = False
     signal.signal(signal.SIGTERM, _interrupt)
-    standing = cli_standing.Standing(own, agreed)
+    standing = Standing(own, agreed)
     tell = _Lines(console)
     try:
         with Live(standing, console=console, transient=True, refresh_per_second=2):
@@ -100,8 +100,8 @@ def status(
     from rich.live import Live
 
     from fedaccord import accord as accords
-    from fedaccord.cli_standing import Standing
     from fedaccord.kit import CoordinatorKit
+    from fedaccord.standing import Standing
 
     own, console = CoordinatorKit.read(accord), Console()
     standing = Standing(own, accords.load(own.accord_file))
@@ -124,8 +124,8 @@ def down(
 ) -> None:
     """Stop the coordinator of this machine; its run can be gone on with."""
     from fedaccord import accord as accords
-    from fedaccord.cli_standing import Standing, alive
     from fedaccord.kit import CoordinatorKit
+    from fedaccord.standing import Standing, alive
 
     own = CoordinatorKit.read(accord)
     standing = Standing(own, accords.load(own.accord_file))

@@ -310,6 +310,8 @@ def _opened(
     name: str, kinds: tuple[type[InflatableObject], ...], load: Load, budget: _Budget
 ) -> tuple[type[InflatableObject], list[str], bytes]:
     """Read an object that must be of one of some kinds: its kind, what is inside, its bytes."""
+    if not NAME.fullmatch(name):  # an object's head may say anything, such as /dev/zero
+        raise Refused("message", "What stands in an object is named by no hash.")
     data = load(name)
     said, inside, _ = get_object_head_values_from_object_content(data)
     kind = KINDS[said]
@@ -349,8 +351,12 @@ def _array(inside: list[str], data: bytes, load: Load, budget: _Budget) -> Array
         raise Refused("message", "An array's words are no words.")
     if not all(type(length) is int for length in shape):
         raise Refused("message", "An array's shape is no shape.")
+    places = said["arraychunk_ids"]
+    known = isinstance(places, list) and all(type(place) is int for place in places)
+    if not known or set(places) != set(range(len(inside))):
+        raise Refused("message", "An array's chunks are not those that are inside of it.")
     buffer = BytesIO()
-    for place in said["arraychunk_ids"]:
+    for place in places:
         _, none, chunk = _opened(inside[place], (ArrayChunk,), load, budget)
         if none:
             raise Refused("message", "A chunk has something inside.")

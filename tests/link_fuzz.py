@@ -28,7 +28,7 @@ from fedaccord import keys, link_pb2
 from fedaccord.client.dial import Session
 from fedaccord.client.link import Attendant
 from fedaccord.envelope import COORDINATOR, REPLY, Envelope, Refused, Signed, seal, words
-from fedaccord.evidence import canonical_json
+from fedaccord.evidence import canonical_json, digest
 from fedaccord.objects import take_apart
 from fedaccord.server import gates
 from fedaccord.server.admission import reservation
@@ -250,7 +250,8 @@ class FuzzedSite:
             self.calls += 1
             return Message(RecordDict(), reply_to=message)
 
-        self.site = Attendant(here.site_kit(name), app, lambda words: None)
+        kit = here.site_kit(name).model_copy(update={"max_request_mb": MOST // 10**6})
+        self.site = Attendant(kit, app, lambda words: None)
         self._nonce = time.time_ns()
         self.site.vigil.begin(RUN, {})
 
@@ -259,7 +260,7 @@ class FuzzedSite:
         chance = self.chance
         way = chance.choice(["nothing", *BEFORE, "text", "signature", "listing", "pieces"])
         accord = self.here.desks.accord.digest
-        number = int(self.site.vigil.state["round"]) + chance.randrange(2)
+        number = int(self.site.vigil.mine.round) + chance.randrange(2)
         said = {"run": RUN, "accord": accord, "server-round": number}
         content = RecordDict({"arrays": to_arrays(BASE), "config": ConfigRecord(said)})
         try:
@@ -299,7 +300,7 @@ class FuzzedSite:
             body=root,
             accord=self.here.desks.accord.digest,
             model=model,
-            shown="4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945",
+            shown=digest([]),
         )
         text = right.text()
         text = mutants.envelope(self.chance, text) if way == "envelope" else text

@@ -87,7 +87,8 @@ def in_package(name: str) -> bool:
         return False
     code = rest.endswith(".py") and "/" not in rest
     data = {
-        "fedaccord": rest == "py.typed" or rest.startswith("templates/"),
+        "fedaccord": rest in ("py.typed", "link.proto", "link_pb2.pyi")
+        or rest.startswith("templates/"),
         "simulations": Path(rest).match("*.json") or Path(rest).match("accords/*.toml"),
         "reports": rest.startswith("templates/"),
     }
