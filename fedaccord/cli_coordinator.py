@@ -148,7 +148,10 @@ def audit(
     accord: Where,
     entries: Annotated[bool, typer.Option("--entries", help="Every entry, a line each.")] = False,
 ) -> None:
-    """Check the coordinator's audit log: every entry's hash and signature; exit code 1 if not."""
+    """Check the coordinator's audit log: every entry's hash and signature; exit code 1 if not.
+
+    Where the records of its runs say how far the log had come, it is held to that as well.
+    """
     from fedaccord import keys
     from fedaccord.kit import CoordinatorKit
     from fedaccord.server import audit_log
@@ -158,11 +161,19 @@ def audit(
     path = own.folder / AUDIT
     if not path.exists():
         raise EvidenceError(f"{path}: no such file. It is begun when the coordinator first runs.")
-    said = audit_log.audit(path, keys.load(own.signing_key).public, own.handovers())
+    rows = [row for run in sorted(own.folder.glob("runs/*/rounds.jsonl")) for row in _rows(run)]
+    ends = [audit_log.End(**row["audit_log"]) for row in rows if "audit_log" in row]
+    said = audit_log.audit(path, keys.load(own.signing_key).public, own.handovers(), ends)
     faults = [line for line in said if line.startswith("FAULT")]
     for line in said if entries else faults or said[-1:]:
         print(line)
     raise typer.Exit(1 if faults else 0)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    from fedaccord.runs import RunFolder
+
+    return RunFolder(path.parent).records()
 
 
 @coordinator.command()

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class LinkStub:
-    """Missing associated documentation comment in .proto file."""
+    """What the coordinator answers; a site calls, never the reverse.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -67,7 +68,8 @@ class LinkStub:
 
 
 class LinkServicer:
-    """Missing associated documentation comment in .proto file."""
+    """What the coordinator answers; a site calls, never the reverse.
+    """
 
     def Join(self, request, context):
         """Says who is there. Both sides show an envelope; a session begins.
@@ -153,7 +155,8 @@ def add_LinkServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Link:
-    """Missing associated documentation comment in .proto file."""
+    """What the coordinator answers; a site calls, never the reverse.
+    """
 
     @staticmethod
     def Join(request,

@@ -72,8 +72,8 @@ class Standing:
             table.add_row(
                 site,
                 Text("revoked" if revoked else "yes" if up else "no", "" if up else "yellow"),
-                "never" if heard is None else f"{heard:.0f} s ago",
-                ", ".join(about.get("asked", ())),
+                "never" if heard is None else f"{heard:.0f} s ago" if up else "",
+                ", ".join(about.get("asked", ())) if up else "",
             )
         return table
 

@@ -346,7 +346,9 @@ def _lines(path: Path) -> Iterator[bytes]:
         ) from None
 
 
-def audit(path: Path, public: str, handovers: Handovers = ()) -> list[str]:
+def audit(
+    path: Path, public: str, handovers: Handovers = (), ends: Iterable[End] = ()
+) -> list[str]:
     """Lay out an audit log for a terminal: a line an entry, then what is wrong, or that nothing is.
 
     Each fault is a line that begins with "FAULT".
@@ -360,7 +362,7 @@ def audit(path: Path, public: str, handovers: Handovers = ()) -> list[str]:
         words = " ".join(f"{key}={json.dumps(rest[key])}" for key in sorted(rest))
         kind = json.dumps(str(entry.get("kind")))[1:-1]
         said.append(f"{entry.get('seq')!s:>6}  {str(entry.get('time'))[:23]}  {kind:<9} {words}")
-    faults = verify_audit(path, public, handovers)
+    faults = verify_audit(path, public, handovers, ends)
     if not faults:
         return [*said, f"{path}: {len(said)} entries, each chained to the one before it and signed"]
     return [*said, *(f"FAULT  {fault}" for fault in faults)]

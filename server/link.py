@@ -177,4 +177,5 @@ class LinkGrid(Grid):
     def notes(self, number: int) -> dict[str, Any]:
         """Return what a round's record says of the link."""
         handovers = self.desks.members.handovers()  # a key may change while a run goes on
-        return self.desks.notes(number) | ({"handovers": handovers} if handovers else {})
+        said = self.desks.notes(number) | ({"handovers": handovers} if handovers else {})
+        return said | {"audit_log": self.desks.watch.audit.end._asdict()}

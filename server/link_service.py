@@ -241,8 +241,7 @@ class Service(link_pb2_grpc.LinkServicer):
 
     def _caller(self, context: grpc.ServicerContext) -> str:
         """Tell which site calls, by the certificate that the connection was made with."""
-        certificate = context.auth_context().get("x509_pem_cert", [b""])[0]
-        return self.desks.members.site_of(certificate)
+        return self.desks.members.site_of(_certificate(context))
 
     @contextmanager
     def _call(self, context: grpc.ServicerContext, most: int = CALLS) -> Iterator[str]:
@@ -253,7 +252,8 @@ class Service(link_pb2_grpc.LinkServicer):
         site = ""
         try:
             try:
-                site = self._caller(context)
+                site = self.desks.members.named(_certificate(context))
+                self._caller(context)
                 with self._counted(site, context, most):
                     yield site
                 return
@@ -289,6 +289,10 @@ class Service(link_pb2_grpc.LinkServicer):
             others = [other for other in self._under_way[site] if other is not context]
         for other in others:
             other.cancel()
+
+
+def _certificate(context: grpc.ServicerContext) -> bytes:
+    return context.auth_context().get("x509_pem_cert", [b""])[0]
 
 
 def _sealed(signed: Signed, parcel: Parcel, shown: list[Signed]) -> Any:

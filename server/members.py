@@ -8,9 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.x509.oid import NameOID
 
+from fedaccord.authority import fingerprint, name_of
 from fedaccord.envelope import Refused, keys_led_to
 from fedaccord.errors import KitError
 from fedaccord.journal import event
@@ -48,29 +47,42 @@ class Members:
         except (OSError, KitError) as fault:
             event(log, "link.members-unreadable", logging.ERROR, fault=type(fault).__name__)
 
-    def site_of(self, certificate: bytes) -> str:
-        """Tell whose certificate it is that a connection was made with.
+    def named(self, certificate: bytes) -> str:
+        """Tell which site of the accord a certificate names, be it in force or not.
 
         Args:
             certificate: PEM, as the TLS handshake has checked it against the authority.
 
         Raises:
+            Refused: "certificate": none of them.
+        """
+        try:
+            name = name_of(x509.load_pem_x509_certificate(certificate))
+        except ValueError:
+            name = ""
+        if name not in self._pins:
+            raise Refused("certificate", f"{name[:40]!r} is no site of this accord.")
+        return name
+
+    def site_of(self, certificate: bytes) -> str:
+        """Tell whose certificate it is that a connection was made with, if it may come in with it.
+
+        Args:
+            certificate: as for `named`.
+
+        Raises:
             Refused: "certificate" or "revoked".
         """
         self._refresh()
-        try:
-            read = x509.load_pem_x509_certificate(certificate)
-            name = str(read.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
-        except (ValueError, IndexError):
-            raise Refused("certificate", "The certificate names nobody.") from None
+        name, read = self.named(certificate), x509.load_pem_x509_certificate(certificate)
         member = self._members.get(name)
-        if member is None or name not in self._pins:
+        if member is None:
             raise Refused("certificate", f"{name[:40]!r} is no site of this accord.")
         if member.revoked:
             raise Refused("revoked", f"Site {name} was revoked on {member.revoked}.")
         if datetime.now(UTC) > read.not_valid_after_utc:  # while the connection was open
             raise Refused("certificate", f"The certificate of site {name} has expired.")
-        if read.fingerprint(hashes.SHA256()).hex() != member.certificate:
+        if fingerprint(read) != member.certificate:
             raise Refused(
                 "certificate",
                 f"The certificate of site {name} is not the one in force. If it was replaced, give "

@@ -296,7 +296,7 @@ class Coordinator:
             "heads": self.heads.record(),
             "seconds": round(seconds, 3),
         }
-        record |= self.mail.notes(self.number)
+        record = self.mail.notes(self.number) | record  # a carrier replaces nothing
         if self.client_level:
             record["mechanism"] = self.mechanism
         state = Checkpoint(

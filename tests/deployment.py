@@ -249,8 +249,15 @@ class Deployment:
     def rounds(self) -> list[Record]:
         """The rounds on record."""
         rows = self.run / "rounds.jsonl"
-        found = [json.loads(line) for line in rows.read_text().splitlines(keepends=True)
-                 if line.endswith("\n")] if rows.exists() else []
+        found = (
+            [
+                json.loads(line)
+                for line in rows.read_text().splitlines(keepends=True)
+                if line.endswith("\n")
+            ]
+            if rows.exists()
+            else []
+        )
         return [row for row in found if row["kind"] == "round"]
 
     def entries(self, site: str) -> list[Record]:
@@ -318,8 +325,11 @@ def wrong(deployment: Deployment) -> list[str]:
             found.append(f"{site}: rounds {lacking} are under-counted")
         for record in rounds:
             said = record["replies"].get(site, {})
-            shas = [e["sha256"] for e in mine
-                    if e["kind"] == "RELEASE" and e["round"] == record["round"]]
+            shas = [
+                e["sha256"]
+                for e in mine
+                if e["kind"] == "RELEASE" and e["round"] == record["round"]
+            ]
             if said.get("accepted") and [said["sha256"]] != shas:
                 found.append(f"{site}: round {record['round']} was released with other bytes")
     return found

@@ -27,7 +27,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from fedaccord import keys, link_pb2
 from fedaccord.client.dial import Session
 from fedaccord.client.link import Attendant
-from fedaccord.envelope import COORDINATOR, REPLY, Envelope, Refused, Signed, seal, words
+from fedaccord.envelope import COORDINATOR, REPLY, Envelope, Refused, Signed, read, seal, words
 from fedaccord.evidence import canonical_json, digest
 from fedaccord.objects import take_apart
 from fedaccord.server import gates
@@ -107,7 +107,7 @@ class Fuzz:
         self.seen, self.wrong = Counter[str](), list[str]()
         self.keys = {site: keys.load(here.site_kit(site).identity_key) for site in SITES}
         self.heads = heads_over(here.grid, here.desks.accord)
-        self._before: tuple[Signed, mutants.Objects] | None = None
+        self._before: Signed | None = None
         self._nonce = time.time_ns()
 
     def ask(self, site: str, kind: str, number: int) -> tuple[str, Envelope]:
@@ -126,6 +126,7 @@ class Fuzz:
         mark, request = self.ask(site, kind, number)
         if (drawn := chance.random()) > 0.04:
             way = chance.choice(BEFORE if drawn < 0.52 else AFTER)
+            way = "text" if way == "other" and self._before is None else way
         self.seen[f"changed: {way}"] += 1
         content = honest(chance, kind, site, number)
         try:
@@ -147,7 +148,7 @@ class Fuzz:
         elif way == "pieces":
             stream = mutants.pieces(chance, stream)
         elif way == "other" and self._before:
-            signed, _ = self._before
+            signed = self._before
         try:
             outcome = self._deliver(site, kind, mark, number, signed, listed, stream, objects, root)
         except Exception:
@@ -156,9 +157,17 @@ class Fuzz:
         self.seen[outcome] += 1
         if way == "nothing" and kind != "query.reserve" and outcome != "accepted":
             self.wrong.append(f"an honest {kind} was not let in: {outcome}")
-        if way in ("text", "signature", "other", "envelope") and outcome == "accepted":
-            self.seen[f"accepted though changed: {way}"] += 1
-        self._before = signed, objects
+        changed = way in ("text", "signature", "other")
+        if outcome == "accepted" and (changed or not self._same(signed, site, request, root)):
+            self.wrong.append(f"let in though changed: {way} of {kind}: {signed}")
+        self._before = signed
+
+    def _same(self, signed: Signed, site: str, request: Envelope, root: str) -> bool:
+        """Whether an envelope says what it should, but for its nonce and expiry."""
+        said, free = read(signed.text), {"nonce": 0, "expires": 0.0}
+        right = {"sender": site, "recipient": COORDINATOR, "direction": REPLY}
+        wanted = replace(request, body=root, shown="", **right, **free)
+        return replace(said, **free) == wanted
 
     def _changed(self, way: str, objects: mutants.Objects) -> mutants.Objects:
         try:
@@ -178,7 +187,10 @@ class Fuzz:
             body=root,
             shown="",
         )
-        key = self.keys[self.chance.choice(SITES) if way == "signature" else site]
+        flip = way == "signature" and self.chance.random() < 0.5
+        others = [name for name in SITES if name != site]
+        foreign = way == "signature" and not flip
+        key = self.keys[self.chance.choice(others) if foreign else site]
         text = right.text()
         if way == "envelope":
             text = mutants.envelope(self.chance, text)
@@ -187,7 +199,7 @@ class Fuzz:
             signature = key.sign(words(text))
         elif way == "text":
             text = mutants.flipped(self.chance, text)
-        elif way == "signature" and self.chance.random() < 0.5:
+        elif flip:
             signature = mutants.flipped(self.chance, signature)
         return Signed(text, signature)
 
@@ -334,7 +346,7 @@ class FuzzedSite:
             self.wrong.append(f"{way} at the site: {traceback.format_exc()[-1500:]}")
         self.seen[outcome] += 1
         if self.calls > before and way in ("text", "signature"):
-            self.seen["accepted though changed"] += 1
+            self.wrong.append(f"the site answered though changed: {way}: {signed}")
 
 
 def _id(name: str) -> Any:

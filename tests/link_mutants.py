@@ -82,7 +82,7 @@ def _array(chance: random.Random, array: Array) -> Array:
             data = npy(chance)
         case 4:
             values = np.load(io.BytesIO(data)).copy()
-            values.reshape(-1)[:1] = chance.choice([*FLOATS[3:], 1e30, -3.0])
+            values.reshape(-1)[:1] = np.float32(chance.choice([*FLOATS[5:], 1e-42, 1e30, -3.0]))
             return Array(values)
         case 5:
             values = np.load(io.BytesIO(data))
@@ -260,7 +260,8 @@ def envelope(chance: random.Random, text: str) -> str:
 def flipped(chance: random.Random, text: str) -> str:
     """Change one character of a text."""
     place = chance.randrange(len(text))
-    return text[:place] + chance.choice("0a}\x00é ") + text[place + 1 :]
+    other = chance.choice([sign for sign in "0a}\x00é " if sign != text[place]])
+    return text[:place] + other + text[place + 1 :]
 
 
 def pieces(chance: random.Random, stream: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
@@ -306,5 +307,3 @@ def listing(chance: random.Random, listed: list[tuple[str, int]]) -> list[tuple[
         case _:
             out[-1:] = [("", 0), out[-1]]
     return out
-
-
