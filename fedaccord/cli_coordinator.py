@@ -40,21 +40,20 @@ def up(
     from fedaccord.reports.report import write_report
     from fedaccord.server import coordinator as process
     from fedaccord.simulations import display
-    from fedaccord.standing import Standing
+    from fedaccord.standing import Standing, followed
 
     own, console = CoordinatorKit.read(accord), Console()
     agreed = accords.load(own.accord_file)
     display.quiet()
-    for name in (
-        "fedaccord.link",
-        "fedaccord.coordinator",
-    ):  # they have a file; `tell` has the rest
+    # Each has a file, and `tell` has what a person watches.
+    for name in ("fedaccord.link", "fedaccord.coordinator"):
         logging.getLogger(name).propagate = False
     signal.signal(signal.SIGTERM, _interrupt)
     standing = Standing(own, agreed)
     tell = _Lines(console)
     try:
-        with Live(standing, console=console, transient=True, refresh_per_second=2):
+        live = Live(standing, console=console, transient=True, refresh_per_second=2)
+        with live if console.is_terminal else followed(standing, tell):
             run = process.up(own, tell, new)
     except process.Ended as ended:  # a service manager that starts it again must not begin a run
         print(f"{ended} Report: {write_report(ended.folder)}")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +79,37 @@ class Standing:
                 ", ".join(about.get("asked", ())) if up else "",
             )
         return table
+
+
+@contextmanager
+def followed(standing: Standing, tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell a line of each round as it is finished, for a log that nobody watches live."""
+    from fedaccord.runs import RunFolder
+    from fedaccord.simulations.display import Progress
+
+    over, seen = threading.Event(), dict[str, Progress]()
+
+    def look() -> None:
+        said = standing.said()
+        run = str(said.get("run", ""))
+        if said.get("pid") == os.getpid() and (Path(run) / "rounds.jsonl").exists():
+            if run not in seen:
+                seen[run] = Progress(standing.accord, RunFolder(Path(run)))
+                seen[run].tell = tell
+            seen[run].catch_up()
+
+    def loop() -> None:
+        while not over.wait(1.0):
+            look()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        look()
 
 
 def alive(pid: int) -> bool:

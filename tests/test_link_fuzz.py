@@ -101,6 +101,7 @@ def told(send: Callable[[Any], Any], data: Any) -> str:
         send(data)
     except grpc.RpcError as fault:
         assert isinstance(fault, grpc.Call)
+        if fault.code().name=="UNAVAILABLE": print(fault.details(), data)
         return str(fault.code().name)
     return "OK"
 
