@@ -100,7 +100,7 @@ def site(kit: str) -> None:
     """Be a site: the link's own process, with the benchmark's ClientApp."""
     import signal
 
-    logging.getLogger("fedaccord.link").propagate = False
+    logging.getLogger("fedaccord.link").setLevel(logging.ERROR)
     from fedaccord.client.link import Attendant
     from fedaccord.kit import SiteKit
 
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         site(asked.site)
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    logging.getLogger("fedaccord.link").propagate = False  # it has a file
+    logging.getLogger("fedaccord.link").setLevel(logging.ERROR)
     models, began = asked.model or list(apps.MODELS), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

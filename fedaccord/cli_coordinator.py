@@ -31,7 +31,9 @@ def up(
     ] = False,
 ) -> None:
     """Open the link and carry out the accord's run, or go on with the one that was cut short."""
-    os.environ.setdefault("GRPC_VERBOSITY", "INFO")  # before grpc is imported: refused handshakes
+    # Before grpc is imported: it then tells of refused handshakes. Flower sets it to "error" for
+    # whatever a process of its own starts.
+    os.environ["GRPC_VERBOSITY"] = "INFO"
     from rich.console import Console
     from rich.live import Live
 

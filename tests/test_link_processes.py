@@ -38,7 +38,8 @@ class Ends:
         self.site = self.kits.site("cleveland")
         toml = self.kits.coordinator / "coordinator.toml"
         text = re.sub('listen = "[^"]*"', 'listen = "127.0.0.1:0"', toml.read_text())
-        toml.write_text(text)
+        toml.write_text(re.sub("join_wait = [0-9.]+", "join_wait = 600.0", text))
+        assert "join_wait = 600.0" in toml.read_text()
         self.right = {name: (self.site / name).read_bytes() for name in PAIR}
         for name in PAIR:
             shutil.copy(self.kits.site("va") / name, self.site / name)
