@@ -355,7 +355,7 @@ def _array(inside: list[str], data: bytes, load: Load, budget: _Budget) -> Array
     known = isinstance(places, list) and all(type(place) is int for place in places)
     if not known or set(places) != set(range(len(inside))):
         raise Refused("message", "An array's chunks are not those that are inside of it.")
-    if len(places) > 1 + budget.arrays // PIECE:  # Flower's are five times as large
+    if len(places) > 16 + budget.arrays // PIECE:  # Flower cuts five times as large ones
         raise Refused("size", "An array is cut into more chunks than it may be.")
     buffer = BytesIO()
     for place in places:

@@ -14,6 +14,7 @@ from secrets import token_hex
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from fedaccord import __version__, link_pb2, link_pb2_grpc
 from fedaccord.envelope import (
@@ -68,7 +69,8 @@ def serve(kit: CoordinatorKit, desks: Desks) -> tuple[grpc.Server, int]:
         RunError: the address is taken, or is not of this machine.
     """
     workers = 8 + CALLS * len(desks.accord.roster)
-    server = grpc.server(futures.ThreadPoolExecutor(workers), options=OPTIONS)
+    pool = futures.ThreadPoolExecutor(workers)
+    server = grpc.server(pool, interceptors=[Patient()], options=OPTIONS)
     link_pb2_grpc.add_LinkServicer_to_server(Service(desks, kit), server)
     pair = (kit.tls_key.read_bytes(), kit.tls_cert.read_bytes())
     credentials = grpc.ssl_server_credentials([pair], kit.ca.read_bytes(), True)
@@ -81,6 +83,29 @@ def serve(kit: CoordinatorKit, desks: Desks) -> tuple[grpc.Server, int]:
         ) from None
     server.start()
     return server, port
+
+
+class Patient(grpc.ServerInterceptor):  # type: ignore[misc]  # grpcio has no types
+    """Bytes that are no message become an empty message, which is refused and on record.
+
+    gRPC itself ends such a call for its caller alone: the thread that it took waits on, and its
+    place among the streams stays taken, until the connection ends.
+    """
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Have a method's handler read whatever comes."""
+        handler = continuation(details)
+        if handler is None:  # no such method
+            return None
+        read = handler.request_deserializer
+
+        def read_or_empty(data: bytes) -> Any:
+            try:
+                return read(data)
+            except DecodeError:
+                return read(b"")
+
+        return handler._replace(request_deserializer=read_or_empty)
 
 
 class Service(link_pb2_grpc.LinkServicer):

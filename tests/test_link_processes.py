@@ -150,7 +150,7 @@ def test_who_cannot_show_a_good_certificate_is_kept_out_and_on_record(ends: Ends
         return {fields["reason"] for fields in ends.events("link.handshake-refused")}
 
     wait_for(lambda: told() >= expected, ends.log)
-    wait_for(lambda: "handshake" in reasons(ends), ends.log)
+    wait_for(lambda: expected <= reasons(ends), ends.log)
 
 
 def reasons(ends: Ends) -> set[str]:
@@ -182,5 +182,5 @@ def test_both_ends_stop_when_they_are_asked_to(ends: Ends) -> None:
     assert verify_audit(audit, keys.load(kit.signing_key).public) == []
     kinds = [entry["kind"] for entry in entries(audit)]
     assert kinds[0] == "up"
-    assert kinds[-1] == "down"
+    assert [kind for kind in kinds if kind != "refused"][-1] == "down"  # counts may come after it
     assert {"join", "left", "refused"} <= set(kinds)
