@@ -60,6 +60,7 @@ class Desks:
         self.store, self.most, self.watch = store, most, watch
         self.changed = threading.Condition()
         self.closed = ""
+        self._fault: OSError | None = None
         self._desks = {site: Desk() for site in accord.roster}
         self._nonce = 0
         self._shown: dict[int, dict[str, Signed]] = {}  # train replies by round and site
@@ -313,12 +314,24 @@ class Desks:
         return True
 
     def take(self, mark: str) -> tuple[Letter, Reply] | None:
-        """Give back a request and its reply, if that has arrived, and forget both."""
+        """Give back a request and its reply, if that has arrived, and forget both.
+
+        Raises:
+            OSError: of the disk, in whichever thread it was (see `fail`).
+        """
         with self.changed:
+            if self._fault is not None:
+                raise self._fault
             for desk in self._desks.values():
                 if mark in desk.arrived:
                     return desk.letters.pop(mark), desk.arrived.pop(mark)
         return None
+
+    def fail(self, fault: OSError) -> None:
+        """Have the run end at once, since what arrives can no longer be kept."""
+        with self.changed:
+            self._fault = fault
+            self.changed.notify_all()
 
     def done(self, reply: Reply) -> None:
         """Let go of a reply's bytes."""

@@ -291,6 +291,8 @@ class Service(link_pb2_grpc.LinkServicer):
             raise
         except Exception as fault:
             event(log, "link.failed", logging.ERROR, site=site, fault=type(fault).__name__)
+            if isinstance(fault, OSError):  # a full disk
+                self.desks.fail(fault)
             code, words = grpc.StatusCode.INTERNAL, "internal error at the coordinator"
         context.abort(code, words)
 

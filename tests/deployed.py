@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -40,7 +40,6 @@ from fedaccord.server.watch import Watch
 
 SITES = ["cleveland", "hungary", "va"]
 RUN, MOST = "small-run", 20_000_000
-Words = Iterable[tuple[str, int]]
 
 
 @cache
@@ -270,3 +269,20 @@ def refused(code: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED) -> Iterat
     found = fault.value
     assert isinstance(found, grpc.Call)
     assert found.code() == code, found.details()
+
+
+def on_record(here: Here, *expected: tuple[str, str]) -> None:
+    """Hold the audit log, the journal and the round's incidents to these refusals, no other."""
+    assert here.refusals() == list(expected)
+    assert here.journaled() == list(expected)
+    noted = here.grid.notes(0)["link"]
+    assert {row["site"] for row in noted} == {site for site, _ in expected}
+    assert all(row["what"] and row["count"] == 1 for row in noted)
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.01)

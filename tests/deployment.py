@@ -156,6 +156,7 @@ class Deployment:
     running: dict[str, Running] = field(default_factory=dict)
     port: int = 0
     dialled: int = 0
+    join_wait: int = 60
 
     def __enter__(self) -> Deployment:
         self.port = self.port or free_port()
@@ -165,9 +166,9 @@ class Deployment:
         log = str(self.kits.with_suffix(".log"))
         made = fork("command", log, words=["provision", *words])
         assert made.wait() == 0, Path(log).read_text()
-        toml = self.kits / "coordinator" / "coordinator.toml"
-        text = toml.read_text().replace(f"127.0.0.1:{self.dialled}", f"127.0.0.1:{self.port}", 1)
-        toml.write_text(text)
+        file = self.kits / "coordinator" / "coordinator.toml"
+        text = file.read_text().replace(f"127.0.0.1:{self.dialled}", f"127.0.0.1:{self.port}", 1)
+        file.write_text(text.replace("join_wait = 60.0", f"join_wait = {self.join_wait}.0"))
         return self
 
     def __exit__(
@@ -224,7 +225,9 @@ class Deployment:
 
     def log(self, name: str) -> Path:
         """What a process wrote on its standard output and errors."""
-        return self.kits / f"{name}.log"
+        file = self.kits / f"{name}.log"
+        file.touch()
+        return file
 
     def finish(self, seconds: float = 60.0) -> Path:
         """Wait for the run's end and return its folder; sites are asked to stop."""

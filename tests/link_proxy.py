@@ -40,7 +40,7 @@ class Proxy:
         self.port, self.seen = 0, Counter[str]()
         self._chance = random.Random(seed)
         self._open: set[asyncio.StreamWriter] = set()
-        self._down = False
+        self._down = self._refuses = False
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
 
@@ -55,10 +55,20 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join(10)
 
-    def silence(self, down: bool) -> None:
-        """Lose whatever comes, from now on, without a word to either end; or pass it on again.
+    def cut(self, down: bool) -> None:
+        """Break every connection, and every new one, from now on; or let new ones pass again."""
+        self._refuses = down
+        if down:
+            self._loop.call_soon_threadsafe(self._abort)
 
-        What was open stays open and silent, as behind a cable that was pulled.
+    def _abort(self) -> None:
+        for writer in list(self._open):
+            writer.transport.abort()
+
+    def silence(self, down: bool) -> None:
+        """Pass nothing on from now on, without a word to either end, as behind a pulled cable.
+
+        When it ends, what was sent meanwhile arrives, as TCP would send it again.
         """
         self._down = down
 
@@ -69,8 +79,7 @@ class Proxy:
         self._ready.set()
         await self._over.wait()
         server.close()
-        for writer in list(self._open):
-            writer.transport.abort()
+        self._abort()
 
     def _life(self) -> float:
         if not self.life:
@@ -84,6 +93,9 @@ class Proxy:
         both = [writer]
         self._open.add(writer)
         try:
+            if self._refuses:
+                self.seen["refused"] += 1
+                return
             try:
                 other, to = await asyncio.open_connection("127.0.0.1", self.target)
             except OSError:
@@ -110,9 +122,9 @@ class Proxy:
     ) -> None:
         """Carry bytes one way; a part of the last chunk arrives before the line is dead."""
         while data := await reader.read(CHUNK):
-            if self._down:
-                self.seen["lost in silence"] += 1
-                await self._over.wait()  # not even an end is told
+            while self._down:
+                self.seen["silent"] += 1
+                await asyncio.sleep(0.05)
             if self._chance.random() < self.stalls:
                 self.seen["stalled"] += 1
                 await asyncio.sleep(0.5)

@@ -214,7 +214,11 @@ def run_site(order):
 
 def run_coordinator(order):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    tell(coordinator.up(CoordinatorKit.read(Path(order["kit"])), tell, order.get("new", False)))
+    try:
+        tell(coordinator.up(CoordinatorKit.read(Path(order["kit"])), tell))
+    except OSError as fault:  # which the command says in one line
+        tell(f"{fault.filename or 'a file'}: {fault.strerror}")
+        sys.exit(2)
 
 
 def run_engine(order):

@@ -1,6 +1,5 @@
 """The coordinator's end of the link, over real TLS: what it lets in, what it refuses, and why."""
 
-import json
 import shutil
 import threading
 import time
@@ -10,16 +9,24 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from deployed import SITES, Caller, Here, answer, listed, listening, refused, training
+from deployed import (
+    SITES,
+    Caller,
+    Here,
+    answer,
+    listed,
+    listening,
+    on_record,
+    refused,
+    training,
+    wait_for,
+)
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 
 from fedaccord import link_pb2
 from fedaccord.envelope import AHEAD, SKEW, Signed, seal
-from fedaccord.evidence import canonical_json, sha256
 from fedaccord.objects import Parcel, take_apart
-from fedaccord.server.desk import OFTEN
-from fedaccord.server.link_service import CALLS
 
 NORTH, SOUTH = SITES[0], SITES[1]  # cleveland asks, hungary listens
 
@@ -34,15 +41,6 @@ def here(tmp_path: Path) -> Iterator[Here]:
 def site(here: Here) -> Iterator[Caller]:
     with Caller(here, NORTH) as found:
         yield found.join()
-
-
-def on_record(here: Here, *expected: tuple[str, str]) -> None:
-    """Hold the audit log, the journal and the round's incidents to these refusals, no other."""
-    assert here.refusals() == list(expected)
-    assert here.journaled() == list(expected)
-    noted = here.grid.notes(0)["link"]
-    assert {row["site"] for row in noted} == {site for site, _ in expected}
-    assert all(row["what"] and row["count"] == 1 for row in noted)
 
 
 def test_a_reply_arrives_once_and_says_what_its_site_said(here: Here, site: Caller) -> None:
@@ -145,35 +143,6 @@ def test_a_site_cannot_answer_what_another_was_asked(here: Here, site: Caller) -
         on_record(here, (NORTH, "message"))
 
 
-def test_a_site_cannot_use_the_session_of_another(here: Here, site: Caller) -> None:
-    with Caller(here, SOUTH) as south:
-        south.join()
-        for session, code in (
-            (south.session, grpc.StatusCode.PERMISSION_DENIED),
-            ("", grpc.StatusCode.UNAUTHENTICATED),
-            ("0" * 32, grpc.StatusCode.UNAUTHENTICATED),
-        ):
-            with refused(code):
-                site.stub.Beat(link_pb2.Session(id=session), timeout=5)
-        with refused(grpc.StatusCode.PERMISSION_DENIED):
-            next(site.stub.Work(link_pb2.Session(id=south.session), timeout=5))
-    assert set(here.refusals()) == {(NORTH, "session")}
-
-
-def test_a_session_without_a_join_is_none(here: Here) -> None:
-    here.ask(NORTH)
-    with Caller(here, NORTH) as site:
-        for call in (
-            lambda: next(site.stub.Work(link_pb2.Session(id=""), timeout=5)),
-            lambda: site.stub.Beat(link_pb2.Session(id=""), timeout=5),
-            lambda: site.stub.Offer(link_pb2.Sealed(), timeout=5),
-            lambda: site.stub.Push(iter([link_pb2.Piece()]), timeout=5),
-        ):
-            with refused(grpc.StatusCode.UNAUTHENTICATED):
-                call()
-    assert here.grid.get_node_ids() == []
-
-
 def test_a_reply_that_is_too_large_by_its_list_is_refused_before_a_byte(tmp_path: Path) -> None:
     with listening(tmp_path, most=10_000) as here, Caller(here, NORTH) as site:
         [mark] = here.ask(NORTH)
@@ -253,120 +222,6 @@ def test_a_push_that_was_cut_is_resumed_with_what_is_lacking(here: Here, site: C
     [reply] = here.pulled(mark)
     assert np.array_equal(reply.content["arrays"]["w"].numpy(), values)
     assert list((here.folder / "spool").iterdir()) == []
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.01)
-
-
-JOINS: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
-    "no time": ("envelope", {"time": None}, {}),
-    "a time without end": ("envelope", {"time": 10**400}, {}),
-    "too many words": ("envelope", {"version": "1" * 5_000}, {}),
-    "another accord": ("accord", {}, {"accord": "0" * 64}),
-    "another recipient": ("recipient", {}, {"recipient": SOUTH}),
-    "another direction": ("direction", {}, {"direction": "reply"}),
-    "other words": ("body", {}, {"body": "0" * 64}),
-    "expired": ("expired", {}, {"expires": time.time() - SKEW - 60}),
-    "another's name": ("sender", {}, {"sender": SOUTH}),
-}
-
-
-@pytest.mark.parametrize("case", JOINS)
-def test_a_join_that_says_otherwise_is_refused(here: Here, case: str) -> None:
-    reason, about, change = JOINS[case]
-    with Caller(here, NORTH) as site, refused():
-        site.stub.Join(site.joining(about, **change), timeout=5)
-    assert here.grid.get_node_ids() == []
-    on_record(here, (NORTH, reason))
-
-
-@pytest.mark.parametrize("hello", ["", "null", "[" * 4000, "{}", '{"time":NaN,"version":"1"}'])
-def test_words_of_a_join_that_are_none_are_refused(here: Here, hello: str) -> None:
-    with Caller(here, NORTH) as site, refused():
-        signed = seal(site.envelope(body=sha256(hello)), site.key)
-        sealed = link_pb2.Sealed(text=signed.text, signature=signed.signature, hello=hello)
-        site.stub.Join(sealed, timeout=5)
-    [(name, reason)] = here.refusals()
-    assert (name, reason in ("envelope", "clock")) == (NORTH, True)
-
-
-@pytest.mark.parametrize("offset", [-600.0, -SKEW - 5, SKEW + 5, 600.0])
-def test_a_join_of_a_clock_that_is_off_is_refused(here: Here, offset: float) -> None:
-    with Caller(here, NORTH) as site, refused():
-        site.stub.Join(site.joining({"time": time.time() + offset}), timeout=5)
-    on_record(here, (NORTH, "clock"))
-    assert here.grid.get_node_ids() == []
-
-
-@pytest.mark.parametrize("offset", [5 - SKEW, SKEW - 5])
-def test_a_join_of_a_clock_that_is_little_off_is_let_in(here: Here, offset: float) -> None:
-    with Caller(here, NORTH) as site:
-        site.stub.Join(site.joining({"time": time.time() + offset}), timeout=5)
-    assert here.desks.present() == [NORTH]
-
-
-def test_a_join_whose_words_were_changed_is_refused(here: Here) -> None:
-    with Caller(here, NORTH) as site, refused():
-        sealed = site.joining()
-        sealed.hello = canonical_json(json.loads(sealed.hello) | {"version": "2"})
-        site.stub.Join(sealed, timeout=5)
-    on_record(here, (NORTH, "body"))
-
-
-def test_a_join_that_was_seen_before_is_refused_and_the_session_goes_on(here: Here) -> None:
-    with Caller(here, NORTH) as site:
-        sealed = site.joining()
-        session = json.loads(site.stub.Join(sealed, timeout=5).hello)["session"]
-        with refused():
-            site.stub.Join(sealed, timeout=5)
-        site.stub.Beat(link_pb2.Session(id=session), timeout=5)
-    on_record(here, (NORTH, "nonce"))
-
-
-def test_a_probe_begins_nothing(here: Here, site: Caller) -> None:
-    with Caller(here, NORTH) as other:
-        welcome = other.stub.Join(other.joining({"probe": True}), timeout=5)
-    assert json.loads(welcome.hello)["session"] == ""
-    site.stub.Beat(link_pb2.Session(id=site.session), timeout=5)
-
-
-def test_a_second_process_takes_the_session_over_and_the_first_one_is_told(here: Here) -> None:
-    with Caller(here, NORTH) as first, Caller(here, NORTH) as second:
-        first.join()
-        second.join()
-        here.ask(NORTH)
-        assert second.asked().round == 1
-        with pytest.raises((StopIteration, grpc.RpcError)):  # it ends, by word or by cut
-            next(first.work)
-        with refused(grpc.StatusCode.UNAUTHENTICATED):
-            first.stub.Beat(link_pb2.Session(id=first.session), timeout=5)
-
-
-def test_two_processes_with_one_kit_cannot_fill_the_audit_log(here: Here) -> None:
-    with Caller(here, NORTH) as site:
-        for _ in range(OFTEN):
-            site.stub.Join(site.joining(), timeout=5)
-        for _ in range(3):
-            with refused():
-                site.stub.Join(site.joining(), timeout=5)
-    assert here.refusals() == [(NORTH, "session")]  # counted, not written each time
-
-
-def test_one_site_cannot_take_the_threads_of_the_others(here: Here) -> None:
-    with Caller(here, NORTH) as site, Caller(here, SOUTH) as other:
-        site.join()
-        calls = [site.stub.Work(link_pb2.Session(id=site.session)) for _ in range(CALLS + 3)]
-        wait_for(lambda: here.refusals() != [])
-        other.join()
-        here.ask(SOUTH)
-        assert other.asked().round == 1
-        assert site.join().session  # and it is not locked out itself
-        del calls
-    assert here.refusals() == [(NORTH, "session")]
 
 
 def test_a_signed_reply_that_is_no_message_is_an_error_of_its_site(
