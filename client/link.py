@@ -33,7 +33,8 @@ from fedaccord.envelope import (
 from fedaccord.errors import KitError, RunError
 from fedaccord.journal import event
 from fedaccord.kit import SiteKit
-from fedaccord.objects import Parcel, Store, pieces, put_together, refuse_oversized, take_apart
+from fedaccord.objects import Parcel, Store, bundles, put_together, refuse_oversized, take_apart
+from fedaccord.pieces import packed, unpacked
 
 log = logging.getLogger("fedaccord.link")
 
@@ -170,8 +171,8 @@ class Attendant:
             ids=[bytes.fromhex(name) for name in lacking],
         )
         if lacking:
-            came = ((piece.id.hex(), piece.data) for piece in session.stub.Fetch(wanted))
-            self.store.take(sizes, came, "fetch")
+            came = session.stub.Fetch(wanted)
+            self.store.take(sizes, (one for some in came for one in unpacked(some)), "fetch")
         message, model = put_together(request.body, self.store.read, self.most)
         self.vigil.hold(
             request, message, model, [(one.text, one.signature) for one in sealed.shown]
@@ -236,13 +237,10 @@ class Attendant:
 
 
 def _pieces(session: str, mark: str, parcel: Parcel, wanted: list[str]) -> Iterator[Any]:
-    first = True
-    for name in wanted:
-        part = parcel.parts.get(name)
-        for data in pieces(part.load()) if part else ():
-            about = {"session": session, "message": mark} if first else {}
-            first = False
-            yield link_pb2.Piece(id=bytes.fromhex(name), data=data, **about)
+    about = {"session": session, "message": mark}
+    for bundle in bundles((name, parcel.parts[name]) for name in wanted if name in parcel.parts):
+        yield packed(bundle, **about)
+        about = {}
 
 
 def _alone(kit: SiteKit) -> IO[bytes]:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66\x65\x64\x61\x63\x63ord/link.proto\x12\x11\x66\x65\x64\x61\x63\x63ord.link.v1\"\x9e\x01\n\x06Sealed\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\x12*\n\x07objects\x18\x04 \x03(\x0b\x32\x19.fedaccord.link.v1.Object\x12\'\n\x05shown\x18\x05 \x03(\x0b\x32\x18.fedaccord.link.v1.Shown\x12\r\n\x05hello\x18\x06 \x01(\t\"\"\n\x06Object\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\x04\"(\n\x05Shown\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\"\x15\n\x07Session\x12\n\n\x02id\x18\x01 \x01(\t\"7\n\x06Wanted\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0b\n\x03ids\x18\x03 \x03(\x0c\"C\n\x05Piece\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"%\n\x07Lacking\x12\x0b\n\x03ids\x18\x01 \x03(\x0c\x12\r\n\x05known\x18\x02 \x01(\x08\"\x18\n\x07Receipt\x12\r\n\x05whole\x18\x01 \x01(\x08\"\x15\n\x05Pulse\x12\x0c\n\x04time\x18\x01 \x01(\x01\x32\x83\x03\n\x04Link\x12<\n\x04Join\x12\x19.fedaccord.link.v1.Sealed\x1a\x19.fedaccord.link.v1.Sealed\x12?\n\x04Work\x12\x1a.fedaccord.link.v1.Session\x1a\x19.fedaccord.link.v1.Sealed0\x01\x12>\n\x05\x46\x65tch\x12\x19.fedaccord.link.v1.Wanted\x1a\x18.fedaccord.link.v1.Piece0\x01\x12>\n\x05Offer\x12\x19.fedaccord.link.v1.Sealed\x1a\x1a.fedaccord.link.v1.Lacking\x12>\n\x04Push\x12\x18.fedaccord.link.v1.Piece\x1a\x1a.fedaccord.link.v1.Receipt(\x01\x12<\n\x04\x42\x65\x61t\x12\x1a.fedaccord.link.v1.Session\x1a\x18.fedaccord.link.v1.Pulseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66\x65\x64\x61\x63\x63ord/link.proto\x12\x11\x66\x65\x64\x61\x63\x63ord.link.v1\"\x9e\x01\n\x06Sealed\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\x12*\n\x07objects\x18\x04 \x03(\x0b\x32\x19.fedaccord.link.v1.Object\x12\'\n\x05shown\x18\x05 \x03(\x0b\x32\x18.fedaccord.link.v1.Shown\x12\r\n\x05hello\x18\x06 \x01(\t\"\"\n\x06Object\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\x04\"(\n\x05Shown\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\"\x15\n\x07Session\x12\n\n\x02id\x18\x01 \x01(\t\"7\n\x06Wanted\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0b\n\x03ids\x18\x03 \x03(\x0c\"!\n\x05Piece\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"T\n\x06Pieces\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12(\n\x06pieces\x18\x03 \x03(\x0b\x32\x18.fedaccord.link.v1.Piece\"%\n\x07Lacking\x12\x0b\n\x03ids\x18\x01 \x03(\x0c\x12\r\n\x05known\x18\x02 \x01(\x08\"\x18\n\x07Receipt\x12\r\n\x05whole\x18\x01 \x01(\x08\"\x15\n\x05Pulse\x12\x0c\n\x04time\x18\x01 \x01(\x01\x32\x85\x03\n\x04Link\x12<\n\x04Join\x12\x19.fedaccord.link.v1.Sealed\x1a\x19.fedaccord.link.v1.Sealed\x12?\n\x04Work\x12\x1a.fedaccord.link.v1.Session\x1a\x19.fedaccord.link.v1.Sealed0\x01\x12?\n\x05\x46\x65tch\x12\x19.fedaccord.link.v1.Wanted\x1a\x19.fedaccord.link.v1.Pieces0\x01\x12>\n\x05Offer\x12\x19.fedaccord.link.v1.Sealed\x1a\x1a.fedaccord.link.v1.Lacking\x12?\n\x04Push\x12\x19.fedaccord.link.v1.Pieces\x1a\x1a.fedaccord.link.v1.Receipt(\x01\x12<\n\x04\x42\x65\x61t\x12\x1a.fedaccord.link.v1.Session\x1a\x18.fedaccord.link.v1.Pulseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,13 +42,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WANTED']._serialized_start=305
   _globals['_WANTED']._serialized_end=360
   _globals['_PIECE']._serialized_start=362
-  _globals['_PIECE']._serialized_end=429
-  _globals['_LACKING']._serialized_start=431
-  _globals['_LACKING']._serialized_end=468
-  _globals['_RECEIPT']._serialized_start=470
-  _globals['_RECEIPT']._serialized_end=494
-  _globals['_PULSE']._serialized_start=496
-  _globals['_PULSE']._serialized_end=517
-  _globals['_LINK']._serialized_start=520
-  _globals['_LINK']._serialized_end=907
+  _globals['_PIECE']._serialized_end=395
+  _globals['_PIECES']._serialized_start=397
+  _globals['_PIECES']._serialized_end=481
+  _globals['_LACKING']._serialized_start=483
+  _globals['_LACKING']._serialized_end=520
+  _globals['_RECEIPT']._serialized_start=522
+  _globals['_RECEIPT']._serialized_end=546
+  _globals['_PULSE']._serialized_start=548
+  _globals['_PULSE']._serialized_end=569
+  _globals['_LINK']._serialized_start=572
+  _globals['_LINK']._serialized_end=961
 # @@protoc_insertion_point(module_scope)

@@ -55,16 +55,22 @@ class Wanted(_message.Message):
     def __init__(self, session: _Optional[str] = ..., message: _Optional[str] = ..., ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Piece(_message.Message):
-    __slots__ = ("session", "message", "id", "data")
-    SESSION_FIELD_NUMBER: _ClassVar[int]
-    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("id", "data")
     ID_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    session: str
-    message: str
     id: bytes
     data: bytes
-    def __init__(self, session: _Optional[str] = ..., message: _Optional[str] = ..., id: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, id: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Pieces(_message.Message):
+    __slots__ = ("session", "message", "pieces")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    message: str
+    pieces: _containers.RepeatedCompositeFieldContainer[Piece]
+    def __init__(self, session: _Optional[str] = ..., message: _Optional[str] = ..., pieces: _Optional[_Iterable[_Union[Piece, _Mapping]]] = ...) -> None: ...
 
 class Lacking(_message.Message):
     __slots__ = ("ids", "known")

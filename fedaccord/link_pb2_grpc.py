@@ -48,7 +48,7 @@ class LinkStub:
         self.Fetch = channel.unary_stream(
                 '/fedaccord.link.v1.Link/Fetch',
                 request_serializer=fedaccord_dot_link__pb2.Wanted.SerializeToString,
-                response_deserializer=fedaccord_dot_link__pb2.Piece.FromString,
+                response_deserializer=fedaccord_dot_link__pb2.Pieces.FromString,
                 _registered_method=True)
         self.Offer = channel.unary_unary(
                 '/fedaccord.link.v1.Link/Offer',
@@ -57,7 +57,7 @@ class LinkStub:
                 _registered_method=True)
         self.Push = channel.stream_unary(
                 '/fedaccord.link.v1.Link/Push',
-                request_serializer=fedaccord_dot_link__pb2.Piece.SerializeToString,
+                request_serializer=fedaccord_dot_link__pb2.Pieces.SerializeToString,
                 response_deserializer=fedaccord_dot_link__pb2.Receipt.FromString,
                 _registered_method=True)
         self.Beat = channel.unary_unary(
@@ -129,7 +129,7 @@ def add_LinkServicer_to_server(servicer, server):
             'Fetch': grpc.unary_stream_rpc_method_handler(
                     servicer.Fetch,
                     request_deserializer=fedaccord_dot_link__pb2.Wanted.FromString,
-                    response_serializer=fedaccord_dot_link__pb2.Piece.SerializeToString,
+                    response_serializer=fedaccord_dot_link__pb2.Pieces.SerializeToString,
             ),
             'Offer': grpc.unary_unary_rpc_method_handler(
                     servicer.Offer,
@@ -138,7 +138,7 @@ def add_LinkServicer_to_server(servicer, server):
             ),
             'Push': grpc.stream_unary_rpc_method_handler(
                     servicer.Push,
-                    request_deserializer=fedaccord_dot_link__pb2.Piece.FromString,
+                    request_deserializer=fedaccord_dot_link__pb2.Pieces.FromString,
                     response_serializer=fedaccord_dot_link__pb2.Receipt.SerializeToString,
             ),
             'Beat': grpc.unary_unary_rpc_method_handler(
@@ -228,7 +228,7 @@ class Link:
             target,
             '/fedaccord.link.v1.Link/Fetch',
             fedaccord_dot_link__pb2.Wanted.SerializeToString,
-            fedaccord_dot_link__pb2.Piece.FromString,
+            fedaccord_dot_link__pb2.Pieces.FromString,
             options,
             channel_credentials,
             insecure,
@@ -281,7 +281,7 @@ class Link:
             request_iterator,
             target,
             '/fedaccord.link.v1.Link/Push',
-            fedaccord_dot_link__pb2.Piece.SerializeToString,
+            fedaccord_dot_link__pb2.Pieces.SerializeToString,
             fedaccord_dot_link__pb2.Receipt.FromString,
             options,
             channel_credentials,

@@ -129,6 +129,24 @@ def pieces(data: bytes) -> Iterator[bytes]:
         yield bytes(view[start : start + PIECE])
 
 
+def bundles(parts: Iterable[tuple[str, Part]]) -> Iterator[list[tuple[str, bytes]]]:
+    """Cut parts into pieces and put these together to what travels at once, about `PIECE` bytes.
+
+    Args:
+        parts: name and part, in the order in which they are to travel.
+    """
+    held, size = list[tuple[str, bytes]](), 0
+    for name, part in parts:
+        for data in pieces(part.load()):
+            if held and size + len(data) > PIECE:
+                yield held
+                held, size = [], 0
+            held.append((name, data))
+            size += len(data) + len(name)
+    if held:
+        yield held
+
+
 def refuse_oversized(objects: Iterable[tuple[str, int]], root: str, most: int) -> dict[str, int]:
     """Hold a list of objects to its bounds, before one byte of them is taken.
 

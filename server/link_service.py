@@ -35,7 +35,8 @@ from fedaccord.errors import RunError
 from fedaccord.evidence import canonical_json, sha256
 from fedaccord.journal import event
 from fedaccord.kit import CoordinatorKit
-from fedaccord.objects import Parcel, pieces
+from fedaccord.objects import Parcel, bundles
+from fedaccord.pieces import packed, unpacked
 from fedaccord.server.desk import Over
 from fedaccord.server.desks import Desks
 from fedaccord.server.gates import told
@@ -220,13 +221,13 @@ class Service(link_pb2_grpc.LinkServicer):
         with self._call(context) as site:
             self.desks.heard(site, request.session)
             parcel = self.desks.letter(site, request.message).parcel
-            for name in request.ids:
-                part = parcel.parts.get(name.hex()) if parcel else None
-                if part is None:
-                    raise Refused("body", "The request has no such object.")
-                for data in pieces(part.load()):
-                    yield link_pb2.Piece(id=name, data=data)
+            parts = parcel.parts if parcel else {}
+            names = [name.hex() for name in request.ids]
+            if any(name not in parts for name in names):
+                raise Refused("body", "The request has no such object.")
+            for bundle in bundles((name, parts[name]) for name in names):
                 self.desks.heard(site, request.session)
+                yield packed(bundle)
 
     def Offer(self, request: Any, context: grpc.ServicerContext) -> Any:
         """Take in a signed reply and say which of its objects are lacking."""
@@ -250,10 +251,10 @@ class Service(link_pb2_grpc.LinkServicer):
             sizes = self.desks.expected(site, first.message)
 
             def came() -> Iterator[tuple[str, bytes]]:
-                yield first.id.hex(), first.data
-                for piece in stream:
+                yield from unpacked(first)
+                for more in stream:
                     self.desks.heard(site, first.session)
-                    yield piece.id.hex(), piece.data
+                    yield from unpacked(more)
 
             self.desks.store.take(sizes, came(), token_hex(8))
             return link_pb2.Receipt(whole=self.desks.arrived(site, first.message))

@@ -29,6 +29,7 @@ from fedaccord.envelope import COORDINATOR, JOIN, REPLY, SKEW, Envelope, Signed,
 from fedaccord.evidence import canonical_json, sha256
 from fedaccord.kit import CoordinatorKit, SiteKit
 from fedaccord.objects import Parcel, Store, pieces, put_together, take_apart
+from fedaccord.pieces import packed, unpacked
 from fedaccord.provision import Kits
 from fedaccord.server.audit_log import AuditLog, entries, verify_audit
 from fedaccord.server.desks import Desks
@@ -219,8 +220,9 @@ class Caller:
         ids = [one.id for one in self.sealed.objects]
         wanted = link_pb2.Wanted(session=self.session, message=request.message, ids=ids)
         held: dict[str, bytes] = {}
-        for piece in self.stub.Fetch(wanted, timeout=5):
-            held[piece.id.hex()] = held.get(piece.id.hex(), b"") + piece.data
+        for some in self.stub.Fetch(wanted, timeout=5):
+            for name, data in unpacked(some):
+                held[name] = held.get(name, b"") + data
         return put_together(request.body, held.__getitem__, MOST)[0]
 
     def reply(self, request: Envelope, parcel: Parcel, **change: Any) -> Envelope:
@@ -250,7 +252,7 @@ class Caller:
         about = {"session": self.session, "message": message}
         for name in names:
             for data in pieces(parcel.parts[name].load()):
-                yield link_pb2.Piece(id=bytes.fromhex(name), data=data, **about)
+                yield packed([(name, data)], **about)
                 about = {}
 
     def send(self, request: Envelope, message: Message) -> None:

@@ -24,6 +24,7 @@ from fedaccord.envelope import COORDINATOR, REQUEST, SKEW, WELCOME, Envelope, re
 from fedaccord.evidence import canonical_json, digest, sha256
 from fedaccord.kit import CoordinatorKit, SiteKit
 from fedaccord.objects import Part, pieces, take_apart
+from fedaccord.pieces import packed
 from fedaccord.provision import Kits
 
 SITE = "cleveland"
@@ -129,7 +130,7 @@ class Liar(link_pb2_grpc.LinkServicer):
         for name in request.ids:
             part = self.parts[name.hex()].load()
             for data in pieces(self.other_bytes.get(name.hex(), part)):
-                yield link_pb2.Piece(id=name, data=data)
+                yield packed([(name.hex(), data)])
 
     def Offer(self, request: Any, context: grpc.ServicerContext) -> Any:
         with self.heard:

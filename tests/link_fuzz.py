@@ -331,7 +331,9 @@ class FuzzedSite:
             objects=[link_pb2.Object(id=name, size=size) for name, size in names],
         )
         coordinator = SimpleNamespace(  # what gRPC makes of a coordinator
-            Fetch=lambda wanted: [SimpleNamespace(id=_id(n), data=d) for n, d in stream],
+            Fetch=lambda wanted: [
+                SimpleNamespace(pieces=[SimpleNamespace(id=_id(n), data=d)]) for n, d in stream
+            ],
             Offer=lambda offer, timeout: link_pb2.Lacking(known=True),
         )
         about = Session(coordinator, "", RUN, self.here.key.public, {}, 5.0, MOST, 0.0, "")

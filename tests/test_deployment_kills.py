@@ -109,3 +109,22 @@ def test_of_two_hundred_random_kills_none_loses_a_round_or_a_slot(
     seed: int, tmp_path: Path
 ) -> None:
     random_kills(tmp_path, 20, seed)
+
+
+def test_a_slot_used_for_a_round_that_was_begun_again_without_its_site_is_counted(
+    tmp_path: Path,
+) -> None:
+    accord = accord_file(tmp_path, private=True)
+    with Deployment(accord, tmp_path / "kits", IMPATIENT, join_wait=1) as deployment:
+        deployment.start("coordinator", **{"dies in step": ["gate", 2, "after"]})
+        deployment.start(*SITES)
+        deployment.running["coordinator"].wait()
+        deployment.running["va"].kill()  # it has released round 2, which is not on record
+        deployment.start("coordinator")
+        deployment.finish()
+        assert "va" not in deployment.rounds()[1]["invited"]
+        used = [e["round"] for e in deployment.entries("va") if e["kind"] == "INTENT"]
+        assert used == [1, 2]
+        said = [row["epsilon"]["va"]["rounds_used"] for row in deployment.rounds()]
+        assert said == [1, 2, 2]
+        assert wrong(deployment) == []

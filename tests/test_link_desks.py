@@ -27,6 +27,7 @@ from flwr.common.constant import ErrorCode
 from fedaccord import link_pb2
 from fedaccord.envelope import AHEAD, SKEW, Signed, seal
 from fedaccord.objects import Parcel, take_apart
+from fedaccord.pieces import packed
 
 NORTH, SOUTH = SITES[0], SITES[1]  # cleveland asks, hungary listens
 
@@ -175,7 +176,7 @@ def test_objects_that_are_not_as_the_list_says_are_refused(
     about = {"session": site.session, "message": mark}
     cut = [data[start : start + 2**20] for start in range(0, len(data), 2**20)]
     with refused():
-        site.stub.Push((link_pb2.Piece(id=first, data=one, **about) for one in cut), timeout=5)
+        site.stub.Push((packed([(first.hex(), one)], **about) for one in cut), timeout=5)
     assert here.pulled(mark) == []
     on_record(here, (NORTH, reason))
     assert list((here.folder / "spool").iterdir()) == []
@@ -204,8 +205,7 @@ def test_a_push_that_was_cut_is_resumed_with_what_is_lacking(here: Here, site: C
 
     def pieces_of_half() -> Iterator[object]:
         yield from site.in_pieces(mark, parcel, [whole])
-        half = list(site.in_pieces(mark, parcel, [rest[0]]))
-        yield link_pb2.Piece(id=half[0].id, data=half[0].data[:-1])
+        yield packed([(rest[0], parcel.parts[rest[0]].load()[:-1])])
         cut.wait(5)
 
     call = site.stub.Push.future(pieces_of_half())
@@ -267,7 +267,7 @@ def test_a_request_whose_time_is_up_is_let_go_also_of_a_site_that_is_away(here: 
         assert site.asked().message == mark  # not the one whose time is up
 
 
-def test_a_reply_is_offered_again_where_the_disk_was_full(
+def test_a_full_disk_ends_the_run_and_no_reply_counts_that_is_not_on_record(
     here: Here, site: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [mark] = here.ask(NORTH)
@@ -281,11 +281,8 @@ def test_a_reply_is_offered_again_where_the_disk_was_full(
         patch.setattr(here.desks.watch, "reply", full)
         with refused(grpc.StatusCode.INTERNAL):
             site.push(mark, parcel, names)
-    assert here.pulled(mark) == []
-    with Caller(here, NORTH) as again:
-        request = again.join().asked()
-        assert again.offer(request, parcel).known
-    assert len(here.pulled(mark)) == 1
+    with pytest.raises(OSError, match="No space left"):  # the run can be gone on with
+        here.pulled(mark)
 
 
 def test_messages_to_nobody_are_never_answered_as_in_flower(here: Here) -> None:
