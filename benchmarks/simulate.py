@@ -41,8 +41,9 @@ from rich.table import Table
 from benchmarks import simulate_apps as apps
 from benchmarks.simulate_apps import MODELS, Flat, Work
 from fedaccord import devices
+from fedaccord.server.one_run import FIRST_NODE
 from fedaccord.simulations import display
-from fedaccord.simulations.engine import FIRST_NODE, InProcessGrid
+from fedaccord.simulations.engine import InProcessGrid
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",

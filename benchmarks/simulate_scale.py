@@ -30,8 +30,9 @@ from rich.text import Text
 from benchmarks import simulate_apps as apps
 from benchmarks.simulate_apps import Work
 from fedaccord.runs import RunFolder
+from fedaccord.server.one_run import FIRST_NODE
 from fedaccord.simulations import display, engine
-from fedaccord.simulations.engine import FIRST_NODE, InProcessGrid
+from fedaccord.simulations.engine import InProcessGrid
 from fedaccord.strategies.driver import Driver
 from fedaccord.strategies.seam import SHOWN
 

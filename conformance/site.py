@@ -22,7 +22,8 @@ from fedaccord import registry
 from fedaccord.client.app import app as client_app
 from fedaccord.privacy.noise import Floats
 from fedaccord.privacy.plan import PrivacyPlan, plan_for
-from fedaccord.simulations.engine import FIRST_NODE, InProcessGrid
+from fedaccord.server.one_run import FIRST_NODE
+from fedaccord.simulations.engine import InProcessGrid
 from fedaccord.tasks import Records, SiteData, TaskSpec
 
 SITES = ("north", "south")

@@ -52,6 +52,26 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def write_private(path: Path, data: bytes) -> None:
+    """Write a new file of mode 0600 from its first byte on: the whole of it, or none.
+
+    Raises:
+        FileExistsError: a file is there already; it is not overwritten.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)  # of a process that was killed and had the same number
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)  # unlike a rename, it does not replace what is there
+    finally:
+        temporary.unlink()
+    sync_folder(path.parent)
+
+
 def write_atomic(path: Path, data: bytes | str, mode: int = 0o666) -> None:
     """Write a whole file or none of it: a temporary file, fsync, rename, fsync of the folder.
 

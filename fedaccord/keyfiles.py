@@ -8,7 +8,7 @@ from pathlib import Path
 from fedaccord import authority
 from fedaccord.authority import Key
 from fedaccord.errors import KitError
-from fedaccord.evidence import sync_folder
+from fedaccord.evidence import sync_folder, write_private
 
 
 def create(path: Path) -> Key:
@@ -21,18 +21,7 @@ def create(path: Path) -> Key:
     """
     key = authority.new_key()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.unlink(missing_ok=True)  # of a process that was killed and had the same number
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(authority.key_pem(key))
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)  # unlike a rename, it does not replace what is there
-    finally:
-        temporary.unlink()
-    sync_folder(path.parent)
+    write_private(path, authority.key_pem(key))
     return key
 
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization as formats
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedaccord.errors import LedgerError
-from fedaccord.evidence import sync_folder
+from fedaccord.evidence import write_private
 
 # What is signed says what it is, so that no signature can be taken for another kind's.
 CONTEXT = "fedaccord ledger v1\n"
@@ -59,18 +59,7 @@ def create(path: Path) -> SigningKey:
     """
     key = SigningKey(Ed25519PrivateKey.generate())
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.unlink(missing_ok=True)  # of a process that was killed and had the same number
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(key.pem())
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)  # unlike a rename, it does not replace what is there
-    finally:
-        temporary.unlink()
-    sync_folder(path.parent)
+    write_private(path, key.pem())
     return key
 
 

@@ -29,10 +29,11 @@ from fedaccord.server import handshakes
 from fedaccord.server.app import app, initial
 from fedaccord.server.audit_log import AuditLog
 from fedaccord.server.desks import Desks
-from fedaccord.server.link import RUN_ID, LinkGrid
+from fedaccord.server.link import LinkGrid
 from fedaccord.server.link_service import serve
 from fedaccord.server.members import Members
 from fedaccord.server.metrics import Metrics
+from fedaccord.server.one_run import RUN_ID
 from fedaccord.server.watch import Watch
 from fedaccord.tasks import task_of
 

@@ -9,11 +9,8 @@ from typing import Any
 from uuid import uuid4
 
 from flwr.app import Error, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedaccord.envelope import COORDINATOR, REQUEST, Envelope, Refused
 from fedaccord.evidence import digest
@@ -21,10 +18,8 @@ from fedaccord.objects import Parcel, Part, put_together, take_apart
 from fedaccord.server.desk import Letter, Reply
 from fedaccord.server.desks import Desks
 from fedaccord.server.gates import told
+from fedaccord.server.one_run import FIRST_NODE, OneRun
 from fedaccord.strategies.updates import config_of
-
-RUN_ID = 1
-FIRST_NODE = 1000
 
 
 class LinkClock:
@@ -43,7 +38,7 @@ class LinkClock:
             self._changed.wait(seconds)
 
 
-class LinkGrid(Grid):
+class LinkGrid(OneRun):
     """A Flower Grid over the link: messages in, messages out; each is signed by who sent it.
 
     | case | what happens |
@@ -58,33 +53,11 @@ class LinkGrid(Grid):
 
     def __init__(self, desks: Desks) -> None:
         """Take the desks; node ids are the sites' places in the accord's roster."""
-        TaskIdentity.run_id = TaskIdentity.task_id = RUN_ID
-        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        super().__init__()
         self.desks, self.clock = desks, LinkClock(desks.changed)
         roster = desks.accord.roster
         self._sites = {FIRST_NODE + place: site for place, site in enumerate(roster)}
         self._nodes = {site: node for node, site in self._sites.items()}
-        self._run = Run.create_empty(run_id=RUN_ID)
-
-    def set_run(self, run: Run) -> None:
-        """Set the run."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """Return the run."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Make a message (strategies make their own)."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes of the sites that are there, in order of site."""
@@ -139,8 +112,14 @@ class LinkGrid(Grid):
     def _message(self, letter: Letter, reply: Reply) -> Message:
         """Put a reply together; what is none becomes an error, as from a site that failed."""
         asked, site, desks = letter.asked, letter.site, self.desks
+
+        def load(name: str) -> bytes:
+            if name not in reply.sizes:  # it may be there, as part of another site's reply
+                raise Refused("body", "The reply has an object inside that it does not list.")
+            return desks.store.read(name)
+
         try:
-            said, _ = put_together(reply.envelope.body, desks.store.read, desks.most)
+            said, _ = put_together(reply.envelope.body, load, desks.most)
             if said.has_error():
                 return Message(Error(said.error.code, told(said.error.reason)), reply_to=asked)
             if str(config_of(said.content).get("site", site)) != site:

@@ -12,15 +12,12 @@ from uuid import uuid4
 from flwr.app import Array, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.serverapp import ServerApp
 
 from fedaccord import accord as accords
+from fedaccord.server.one_run import FIRST_NODE, RUN_ID, OneRun
 from fedaccord.tasks import refuse_missing, task_of
 
-RUN_ID = 1
-FIRST_NODE = 1000
 Config = dict[str, bool | float | int | str]
 
 
@@ -42,7 +39,7 @@ def isolate(content: RecordDict) -> RecordDict:
     return out
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(OneRun):
     """A Flower Grid whose nodes are calls of the ClientApp in this process, one after another.
 
     A site works when its reply is pulled, and nothing of a message or reply is held here after
@@ -56,8 +53,8 @@ class InProcessGrid(Grid):
     | a message that nobody pulls | the site never works on it; it is dropped after its time to live |
     | a node that keeps no state | costs nothing between messages |
 
-    It relies on a few names of Flower's that are not documented (`TaskIdentity`, `Run`,
-    `_message_id`); the minor version is pinned and a test compares it with Flower's own runtime.
+    It relies on one more name of Flower's that is not documented (`_message_id`; see OneRun), and a
+    test compares it with Flower's own runtime.
     """  # noqa: E501  (a table row cannot be broken)
 
     def __init__(
@@ -75,34 +72,12 @@ class InProcessGrid(Grid):
             run_config: what `--run-config` would hold.
             on_reply: called with every reply, for a progress display.
         """
-        TaskIdentity.run_id, TaskIdentity.node_id = RUN_ID, SUPERLINK_NODE_ID
-        TaskIdentity.task_id = RUN_ID
+        super().__init__()
         self._app, self._on_reply = client_app, on_reply
         self._waiting: dict[str, Message] = {}
-        self._run = Run.create_empty(run_id=RUN_ID)
         self._nodes = range(FIRST_NODE, FIRST_NODE + nodes)
         self._run_config = dict(run_config)
         self._states: dict[int, RecordDict] = {}  # of the nodes that keep something
-
-    def set_run(self, run: Run) -> None:
-        """Set the run."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """Return the run."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Make a message (strategies make their own)."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes, in order."""

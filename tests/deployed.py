@@ -33,10 +33,11 @@ from fedaccord.pieces import packed, unpacked
 from fedaccord.provision import Kits
 from fedaccord.server.audit_log import AuditLog, entries, verify_audit
 from fedaccord.server.desks import Desks
-from fedaccord.server.link import FIRST_NODE, LinkGrid
+from fedaccord.server.link import LinkGrid
 from fedaccord.server.link_service import serve
 from fedaccord.server.members import Members
 from fedaccord.server.metrics import Metrics
+from fedaccord.server.one_run import FIRST_NODE
 from fedaccord.server.watch import Watch
 
 SITES = ["cleveland", "hungary", "va"]

@@ -24,8 +24,9 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedaccord.server.one_run import FIRST_NODE
 from fedaccord.simulations import engine
-from fedaccord.simulations.engine import FIRST_NODE, InProcessGrid
+from fedaccord.simulations.engine import InProcessGrid
 
 ACCORD = """
 name = "tiny"

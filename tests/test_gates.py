@@ -24,8 +24,9 @@ from fedaccord.server.checkpoint import weights_bytes
 from fedaccord.server.door import Door
 from fedaccord.server.heads import Heads
 from fedaccord.server.mail import Mail
+from fedaccord.server.one_run import FIRST_NODE
 from fedaccord.server.rounds import Coordinator
-from fedaccord.simulations.engine import FIRST_NODE, InProcessGrid
+from fedaccord.simulations.engine import InProcessGrid
 from fedaccord.strategies import encoding as encodings
 from fedaccord.strategies.seam import driver_for
 from fedaccord.strategies.updates import Weights
