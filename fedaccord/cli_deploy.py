@@ -70,8 +70,8 @@ def _compared(file: Path, folder: Path) -> str:
 
     text = tomlkit.parse(file.read_text(encoding="utf-8-sig"))
     privacy, rounds = text["privacy"], text["rounds"]
-    privacy["enabled"] = False  # type: ignore[index]
-    rounds["rounds"] = ROUNDS  # type: ignore[index]
+    privacy["enabled"] = False
+    rounds["rounds"] = ROUNDS
     folder.mkdir(parents=True)
     plain = folder / "plain.toml"
     plain.write_text(tomlkit.dumps(text), encoding="utf-8")
