@@ -321,7 +321,9 @@ def wrong(deployment: Deployment) -> list[str]:
             if len(set(listed)) != len(listed):
                 found.append(f"{site}: {kind} twice: {listed}")
         counted = {record["round"] for record in rounds if site in record["aggregated"]}
-        stored = {int(p.stem[-5:]) for p in (deployment.kits / site / site).glob("releases/*")}
+        stored = {
+            int(p.stem[-5:]) for p in (deployment.kits / site / site).glob("releases/*.safetensors")
+        }
         notes = deployment.kits / f"{site}.read"
         read = {int(line) for line in notes.read_text().split()} if notes.exists() else set()
         if lacking := (counted | read | stored | set(held["RELEASE"])) - set(held["INTENT"]):
