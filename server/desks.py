@@ -347,9 +347,18 @@ class Desks:
     def note(self, site: str, what: str, reason: str) -> None:
         """Keep an incident for the round's record."""
         self.watch.refused(site, reason, what)
+        self._count(site, what)
+
+    def _count(self, site: str, what: str) -> None:
         with self.changed:
             mark = (site, what if len(self._incidents) < INCIDENTS else "further incidents")
             self._incidents[mark] += 1
+
+    def ended(self, site: str, why: str, counts: bool) -> None:
+        """Note that a session ended; one that broke off is an incident of the round."""
+        self.watch.left(site, why, len(self.present()))
+        if counts and not self.closed:
+            self._count(site, f"its session broke off: {why}")
 
     def notes(self, number: int) -> dict[str, Any]:
         """What a round's record says of the link: incidents, and what sites signed of their

@@ -44,6 +44,7 @@ from fedaccord.server.watch import BEAT
 
 log = logging.getLogger("fedaccord.link")
 
+BROKEN = "the connection ended"
 SEALED = 16 << 20  # bytes of the largest single gRPC message: a list of 100,000 objects
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", SEALED),
@@ -128,7 +129,7 @@ class Service(link_pb2_grpc.LinkServicer):
             before = desks.sit(site, session, join.nonce)
             self._end_others(site, context)
             if before:
-                desks.watch.left(site, "it joined anew", len(desks.present()))
+                desks.ended(site, "it joined anew", counts=True)
             desks.watch.joined(site, told(hello["version"]), context.peer(), len(desks.present()))
             return self._welcome(site, join, session)
 
@@ -198,7 +199,7 @@ class Service(link_pb2_grpc.LinkServicer):
         desks, session = self.desks, request.id
         with self._call(context) as site:
             desks.heard(site, session)
-            context.add_callback(lambda: self._left(site, session, "the connection ended"))
+            context.add_callback(lambda: self._left(site, session, BROKEN))
             try:
                 for letter in desks.next_letter(site, session, context.is_active):
                     if letter is None:
@@ -214,7 +215,7 @@ class Service(link_pb2_grpc.LinkServicer):
     def _left(self, site: str, session: str, why: str) -> None:
         """Note once that a session ended."""
         if self.desks.rise(site, session):
-            self.desks.watch.left(site, why, len(self.desks.present()))
+            self.desks.ended(site, why, counts=why == BROKEN)
 
     def Fetch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         """Give out bytes of a request's objects."""

@@ -55,6 +55,8 @@ def test_connections_that_break_for_three_seconds_are_noticed_by_both_ends_and_o
 ) -> None:
     deployment = cut_off(tmp_path, 3.0, FAST, "cut")
     assert left(deployment) == set(SITES)
+    broken = {e["site"] for e in deployment.incidents() if "session broke off" in e["what"]}
+    assert broken == set(SITES)
     for site in SITES:
         assert "dialling again" in deployment.log(site).read_text()
 
