@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         site(asked.site)
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    logging.getLogger("fedaccord.link").setLevel(logging.ERROR)
+    logging.getLogger("fedaccord.link").propagate = False  # the coordinator's goes into a file
     models, began = asked.model or list(apps.MODELS), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
