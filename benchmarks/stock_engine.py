@@ -29,6 +29,7 @@ from benchmarks import stock_keys
 from fedaccord import accord as accords
 from fedaccord.client import policy, policy_file
 from fedaccord.runs import RunFolder
+from fedaccord.simulations.deployment import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -294,17 +295,6 @@ class Stock:
         for process in self._started:
             process.wait(timeout=patience)
         self._started.clear()
-
-
-def free_ports(count: int) -> list[int]:
-    """Find ports of the loopback that nobody listens on, all held until all are found."""
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
 
 
 def shortened(where: str, rounds: int, private: bool, folder: Path) -> Path:

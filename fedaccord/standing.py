@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from fedaccord.repeat import repeated
 
 if TYPE_CHECKING:
     from fedaccord.accord import Accord
@@ -87,7 +88,7 @@ def followed(standing: Standing, tell: Callable[[str], None]) -> Iterator[None]:
     from fedaccord.runs import RunFolder
     from fedaccord.simulations.display import Progress
 
-    over, seen = threading.Event(), dict[str, Progress]()
+    seen = dict[str, Progress]()
 
     def look() -> None:
         said = standing.said()
@@ -98,17 +99,10 @@ def followed(standing: Standing, tell: Callable[[str], None]) -> Iterator[None]:
                 seen[run].tell = tell
             seen[run].catch_up()
 
-    def loop() -> None:
-        while not over.wait(1.0):
-            look()
-
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(1.0, look):
+            yield
     finally:
-        over.set()
-        thread.join()
         look()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ from fedaccord.evidence import canonical_json, write_atomic
 from fedaccord.kit import CoordinatorKit
 from fedaccord.models.build import parameter_count
 from fedaccord.objects import Store
+from fedaccord.repeat import repeated
 from fedaccord.runs import MANIFEST, ROUNDS, RunFolder
 from fedaccord.server import handshakes
 from fedaccord.server.app import app, initial
@@ -165,7 +165,7 @@ def signed_before(folder: Path) -> dict[int, dict[str, Any]]:
 @contextmanager
 def reporting(kit: CoordinatorKit, desks: Desks, which_: Which, address: str) -> Iterator[None]:
     """Keep a file up to date that says how the coordinator stands, for `coordinator status`."""
-    over, began = threading.Event(), time.time()
+    began = time.time()
 
     def write(state: str) -> None:
         said = {
@@ -187,18 +187,11 @@ def reporting(kit: CoordinatorKit, desks: Desks, which_: Which, address: str) ->
                 fault=type(fault).__name__,
             )
 
-    def loop() -> None:
-        while not over.wait(LOOK):
-            write("up")
-
     write("up")
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(LOOK, lambda: write("up")):
+            yield
     finally:
-        over.set()
-        thread.join()
         write("down")
 
 

@@ -21,11 +21,15 @@ LAST = 2_000  # characters of a log that are shown when something fails
 Tell = Callable[[str], None]
 
 
-def free_port() -> int:
-    """Find a port of the loopback that nobody listens on just now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Find ports of the loopback that nobody listens on, all held until all are found."""
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    ports = [int(one.getsockname()[1]) for one in held]
+    for one in held:
+        one.close()
+    return ports
 
 
 class Deployment:
@@ -51,7 +55,7 @@ class Deployment:
         Raises:
             RunError: the command failed; the error has its words.
         """
-        address = f"127.0.0.1:{free_port()}"
+        address = f"127.0.0.1:{free_ports(1)[0]}"
         words = ["provision", str(accord), "--out", str(self.folder), "--demo"]
         done = subprocess.run(
             [*command(), *words, "--address", address], capture_output=True, text=True

@@ -13,6 +13,7 @@ os.environ |= {
 }
 
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,56 @@ def linked_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from linked_run import make
 
     return make(tmp_path_factory.mktemp("linked"))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kits whose sites were all granted; a test that edits them copies them."""
+    from kitted import HEART, HEART_FILE, enrolled
+
+    from fedaccord import provision
+
+    root = tmp_path_factory.mktemp("whole") / "kits"
+    provision.finish(enrolled(root), HEART, HEART_FILE)
+    return root
+
+
+@pytest.fixture
+def kits(whole: Path, tmp_path: Path) -> Any:
+    """A copy of those kits."""
+    from fedaccord.provision import Kits
+
+    return Kits(shutil.copytree(whole, tmp_path / "kits"))
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Any]:
+    """A coordinator's end of the link that listens in this process."""
+    from deployed import listening
+
+    with listening(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def site(here: Any) -> Iterator[Any]:
+    """The accord's first site, which has joined `here`."""
+    from deployed import SITES, Caller
+
+    with Caller(here, SITES[0]) as found:
+        yield found.join()
+
+
+@pytest.fixture(scope="session")
+def linked(linked_run: Any) -> Path:
+    """The folder of a finished run over the link; copy it before editing it."""
+    return linked_run.run
+
+
+@pytest.fixture(scope="session")
+def signers(linked_run: Any) -> Any:
+    """Who signed in that run."""
+    return linked_run.signers
 
 
 @pytest.fixture(scope="session")

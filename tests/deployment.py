@@ -6,7 +6,6 @@ import atexit
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from wards import faults, small_accord, toml
 from fedaccord.privacy.ledger import Ledger
 from fedaccord.runs import RunFolder
 from fedaccord.server import checkpoint
+from fedaccord.simulations.deployment import free_ports
 
 SITES = ["cleveland", "hungary", "va"]
 STEPS = ["invite", "train", "gate", "aggregate", "distil", "audit", "record", "decide"]
@@ -44,13 +44,6 @@ def accord_file(folder: Path, private: bool = False, **tables: Any) -> Path:
     path = folder / "accord.toml"
     path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in data.items()))
     return path
-
-
-def free_port() -> int:
-    """Find a port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Nursery:
@@ -159,7 +152,7 @@ class Deployment:
     join_wait: int = 60
 
     def __enter__(self) -> Deployment:
-        self.port = self.port or free_port()
+        self.port = self.port or free_ports(1)[0]
         self.dialled = self.dialled or self.port
         words = [str(self.accord), "--out", str(self.kits), "--demo"]
         words += ["--address", f"127.0.0.1:{self.dialled}"]

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployment import SITES, Deployment, accord_file, free_port, wrong
+from deployment import SITES, Deployment, accord_file, wrong
 from link_proxy import Proxy
 
 from fedaccord import authority, keyfiles
 from fedaccord.kit import CoordinatorKit, SiteKit
+from fedaccord.simulations.deployment import free_ports
 
 FAST = {"impatient": 0.5, "beat": 0.3, "keepalive": 1.0}
 
@@ -32,7 +33,7 @@ def cut_off(folder: Path, seconds: float, change: dict[str, Any], how: str) -> D
     rounds = {"rounds": 5, "spare_rounds": 0, "min_sites": 3, "timeout": 30.0 + 2 * seconds}
     accord, slow = accord_file(folder, rounds=rounds), {"slow": [2, 0.5]}
     with (
-        Proxy(free_port()) as line,
+        Proxy(free_ports(1)[0]) as line,
         Deployment(
             accord, folder / "kits", change, port=line.target, dialled=line.port
         ) as deployment,

@@ -6,8 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from deployment import SITES, Deployment, accord_file, free_port, straight, weights, wrong
+from deployment import SITES, Deployment, accord_file, straight, weights, wrong
 from link_proxy import Proxy
+
+from fedaccord.simulations.deployment import free_ports
 
 
 def replies(deployment: Deployment) -> Counter[str]:
@@ -23,7 +25,7 @@ def test_fifty_rounds_over_a_line_that_drops_connections_count_each_update_once(
     accord = accord_file(tmp_path, rounds=rounds, training={"steps": 1})
     # A round of a site passes about 15 kB, so one in ten meets the end of its connection.
     with (
-        Proxy(free_port(), seed=7, life=150_000, delay=0.003, stalls=0.003) as line,
+        Proxy(free_ports(1)[0], seed=7, life=150_000, delay=0.003, stalls=0.003) as line,
         Deployment(
             accord,
             tmp_path / "kits",

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import pytest
 
 from fedaccord.runs import RunFolder
 from fedaccord.simulations import engine
+from fedaccord.simulations.deployment import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -132,17 +132,6 @@ class Flower:
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         assert left == {}, "these outlived the daemon"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody listens on, all held until all are found."""
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
 
 
 def listening(processes: dict[int, str]) -> set[str]:

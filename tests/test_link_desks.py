@@ -32,18 +32,6 @@ from fedaccord.pieces import packed
 NORTH, SOUTH = SITES[0], SITES[1]  # cleveland asks, hungary listens
 
 
-@pytest.fixture
-def here(tmp_path: Path) -> Iterator[Here]:
-    with listening(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-def site(here: Here) -> Iterator[Caller]:
-    with Caller(here, NORTH) as found:
-        yield found.join()
-
-
 def test_a_reply_arrives_once_and_says_what_its_site_said(here: Here, site: Caller) -> None:
     [mark] = here.ask(NORTH, weight=2.0)
     request = site.asked()

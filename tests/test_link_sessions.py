@@ -2,12 +2,10 @@
 
 import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import pytest
-from deployed import SITES, Caller, Here, listening, on_record, refused, wait_for
+from deployed import SITES, Caller, Here, on_record, refused, wait_for
 
 from fedaccord import link_pb2
 from fedaccord.envelope import SKEW, seal
@@ -16,18 +14,6 @@ from fedaccord.server.desk import OFTEN
 from fedaccord.server.link_service import CALLS
 
 NORTH, SOUTH = SITES[0], SITES[1]  # cleveland asks, hungary listens
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Iterator[Here]:
-    with listening(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-def site(here: Here) -> Iterator[Caller]:
-    with Caller(here, NORTH) as found:
-        yield found.join()
 
 
 def test_a_site_cannot_use_the_session_of_another(here: Here, site: Caller) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import stat
 import tomllib
 from pathlib import Path
@@ -15,7 +14,6 @@ from kitted import (
     NOW,
     SECONDS,
     contents,
-    enrolled,
     granted,
     laid,
     made,
@@ -29,19 +27,6 @@ from fedaccord.kit import CoordinatorKit
 from fedaccord.provision import Kits
 
 NAMES = list(HEART.roster)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Kits whose sites were all granted; a test that edits them copies them."""
-    root = tmp_path_factory.mktemp("whole") / "kits"
-    provision.finish(enrolled(root), HEART, HEART_FILE)
-    return root
-
-
-@pytest.fixture
-def kits(whole: Path, tmp_path: Path) -> Kits:
-    return Kits(shutil.copytree(whole, tmp_path / "kits"))
 
 
 def test_kits_as_they_are_sent_hold_no_private_key(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,34 +13,19 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 from kitted import (
     HEART,
-    HEART_FILE,
     SECONDS,
     contents,
-    enrolled,
     granted,
 )
 
 from fedaccord import accord as accords
-from fedaccord import authority, enrolment, keyfiles, keys, membership, provision
+from fedaccord import authority, enrolment, keyfiles, keys, membership
 from fedaccord.enrolment import Request
 from fedaccord.envelope import handover
 from fedaccord.errors import KitError
 from fedaccord.provision import Kits
 
 NAMES = list(HEART.roster)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Kits whose sites were all granted; a test that edits them copies them."""
-    root = tmp_path_factory.mktemp("whole") / "kits"
-    provision.finish(enrolled(root), HEART, HEART_FILE)
-    return root
-
-
-@pytest.fixture
-def kits(whole: Path, tmp_path: Path) -> Kits:
-    return Kits(shutil.copytree(whole, tmp_path / "kits"))
 
 
 def signed(kits: Kits, key: keys.SigningKey, **changes: object) -> Request:

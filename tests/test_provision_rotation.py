@@ -11,10 +11,8 @@ import pytest
 from kitted import (
     ADDRESSES,
     HEART,
-    HEART_FILE,
     NOW,
     SECONDS,
-    enrolled,
     granted,
     laid,
 )
@@ -30,19 +28,6 @@ from fedaccord.provision import Kits
 LATER = SECONDS + 60
 OTHERS = shutil.ignore_patterns("cleveland", "hungary", "switzerland")
 NAMES = list(HEART.roster)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Kits whose sites were all granted; a test that edits them copies them."""
-    root = tmp_path_factory.mktemp("whole") / "kits"
-    provision.finish(enrolled(root), HEART, HEART_FILE)
-    return root
-
-
-@pytest.fixture
-def kits(whole: Path, tmp_path: Path) -> Kits:
-    return Kits(shutil.copytree(whole, tmp_path / "kits"))
 
 
 def test_a_revoked_site_stays_so_and_is_granted_nothing(kits: Kits) -> None:

@@ -9,23 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from linked_run import MODEL, OTHER, SITES, Linked, Row, Signers, rewrite, rounds_of, sealed_with
+from linked_run import MODEL, OTHER, SITES, Row, Signers, rewrite, rounds_of, sealed_with
 
 from fedaccord import accord as accords
 from fedaccord.reports import carried, limits, trust
 from fedaccord.reports.reading import read
 from fedaccord.reports.report import write_report
 from fedaccord.reports.verify import verify
-
-
-@pytest.fixture(scope="module")
-def linked(linked_run: Linked) -> Path:
-    return linked_run.run
-
-
-@pytest.fixture(scope="module")
-def signers(linked_run: Linked) -> Signers:
-    return linked_run.signers
 
 
 @pytest.fixture

@@ -23,16 +23,6 @@ from fedaccord.reports.reading import read
 from fedaccord.reports.verify import verify
 
 
-@pytest.fixture(scope="module")
-def linked(linked_run: Linked) -> Path:
-    return linked_run.run
-
-
-@pytest.fixture(scope="module")
-def signers(linked_run: Linked) -> Signers:
-    return linked_run.signers
-
-
 @pytest.fixture
 def run(linked: Path, tmp_path: Path) -> Path:
     return shutil.copytree(linked, tmp_path / linked.name)
