@@ -111,11 +111,8 @@ class Desks:
         """
         with self.changed:
             desk = self._desks[site]
-            if (
-                session
-                and any(one.session == session for one in self._desks.values())
-                and (desk.session != session)
-            ):
+            others = {one.session for name, one in self._desks.items() if name != site}
+            if session and session in others:
                 raise Refused("session", "The session is of another site.")
             if not session or desk.session != session or self.closed:
                 raise Over("session", "The session is over. Join again.")
