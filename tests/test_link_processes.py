@@ -11,15 +11,21 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
-from deployed import kits_in
+from deployed import Caller, answer, kits_in
+from flwr.clientapp import ClientApp
 
-from fedaccord import authority, keys, link_pb2, link_pb2_grpc
+from fedaccord import accord as accords
+from fedaccord import authority, keys, link_pb2, link_pb2_grpc, membership
 from fedaccord.client.dial import OPTIONS
-from fedaccord.kit import CoordinatorKit
+from fedaccord.envelope import REPLY, Signed, seal
+from fedaccord.kit import CoordinatorKit, SiteKit
+from fedaccord.objects import take_apart
 from fedaccord.server.audit_log import entries, verify_audit
+from fedaccord.simulations.engine import InProcessGrid
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = ("site.pem", "keys/tls.key")
@@ -172,6 +178,45 @@ def test_a_site_is_kept_out_with_anothers_certificate_and_let_in_with_its_own(en
     assert [fields["site"] for fields in ends.events("link.joined")] == ["cleveland"]
     if sys.platform == "linux":
         assert listening(ends.joining.pid) == set()  # a site only dials out
+
+
+def test_what_was_changed_repeated_or_meant_for_another_run_is_refused(ends: Ends) -> None:
+    accord = accords.load(ends.kits.coordinator / "accord.toml")
+    here = SimpleNamespace(
+        port=ends.port,
+        site_kit=lambda name: SiteKit.read(ends.kits.site(name)),
+        desks=SimpleNamespace(accord=accord),
+    )
+    run = str(ends.events("up")[0]["run"])
+    InProcessGrid(ClientApp(), 1, {})  # Flower's messages need a run to belong to
+    parcel = take_apart(answer())
+    with Caller(here, "hungary") as site:  # its own certificate and key
+
+        def offered(text: str, signature: str) -> str:
+            """The words with which the coordinator's process refuses a reply."""
+            with pytest.raises(grpc.RpcError) as found:
+                site.stub.Offer(site.offering(Signed(text, signature), parcel), timeout=10)
+            assert found.value.code() == grpc.StatusCode.PERMISSION_DENIED
+            return str(found.value.details())
+
+        joining = site.joining()
+        site.session = json.loads(site.stub.Join(joining, timeout=10).hello)["session"]
+        about = {"direction": REPLY, "round": 1, "kind": "train", "body": parcel.root, "run": run}
+        reply = seal(site.envelope(**about), site.key)
+        assert "signature" in offered(reply.text.replace('"round":1', '"round":2'), reply.signature)
+        other = seal(site.envelope(**about | {"run": "another-run"}), site.key)
+        assert "another run" in offered(other.text, other.signature)
+        late = seal(site.envelope(**about), site.key)
+        assert "nothing that was asked" in offered(late.text, late.signature)
+        assert "seen before" in offered(late.text, late.signature)  # replayed
+        with pytest.raises(grpc.RpcError, match="seen before"):
+            site.stub.Join(joining, timeout=10)
+        kit = CoordinatorKit.read(ends.kits.coordinator)
+        assert membership.revoke(kit, "hungary", "its laptop was stolen", datetime.now(UTC))
+        with pytest.raises(grpc.RpcError, match="was revoked"):
+            site.stub.Beat(link_pb2.Session(id=site.session), timeout=10)
+    found = {"signature", "run", "message", "nonce", "revoked"}
+    wait_for(lambda: found <= reasons(ends), ends.log)
 
 
 def test_both_ends_stop_when_they_are_asked_to(ends: Ends) -> None:
